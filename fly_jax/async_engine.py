@@ -1,0 +1,114 @@
+"""The engine for asyncio: what the server uses."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+from fly_jax.config import EngineConfig
+from fly_jax.engine import Engine
+from fly_jax.engine_thread import EngineThread
+from fly_jax.errors import EngineDeadError
+from fly_jax.loader import LoadedModel, Progress, load_model
+from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
+from fly_jax.sampling_params import SamplingParams
+from fly_jax.tokenizer import Tokenizer
+
+
+class AsyncEngine:
+    """Streams requests through an engine that runs on its own thread.
+
+    Args:
+        model: what :func:`fly_jax.loader.load_model` returned.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self._thread = EngineThread(Engine(model))
+        self._layout = str(model.initial_layout)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
+        """Loads the model, which blocks until every program is compiled."""
+        return cls(load_model(config, progress))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.model.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.model_config.vocab_size
+
+    @property
+    def model_name(self) -> str:
+        return self.model.config.model.resolve().name
+
+    @property
+    def max_num_queued_reqs(self) -> int:
+        return self.model.config.max_num_queued_reqs
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive
+
+    @property
+    def layout(self) -> str:
+        """The layout in force, as of the last switch that was awaited."""
+        return self._layout
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestDelta]:
+        """Yields what each step adds; closing the iterator aborts the request and frees its blocks.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, QueueFullError: before anything is yielded.
+            EngineDeadError: the engine has stopped.
+        """
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[RequestDelta | EngineDeadError] = asyncio.Queue()
+
+        def sink(item: RequestDelta | EngineDeadError) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(deltas.put_nowait, item)
+
+        accepted = self._thread.submit(request_id, prompt_token_ids, params, sink)
+        finished = False
+        try:
+            await asyncio.wrap_future(accepted)
+            while not finished:
+                item = await deltas.get()
+                if isinstance(item, EngineDeadError):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            if not finished and not (accepted.done() and (accepted.cancelled() or accepted.exception())):
+                self._thread.abort(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        await asyncio.wrap_future(self._thread.abort(request_id))
+
+    async def switch(self, layout: str) -> SwitchReport:
+        """Goes to another layout while requests run.
+
+        Raises:
+            LayoutError: the layout does not fit the devices.
+        """
+        report = await asyncio.wrap_future(self._thread.switch(layout))
+        self._layout = report.target
+        return report
+
+    async def stats(self) -> EngineStats:
+        return await asyncio.wrap_future(self._thread.stats())
+
+    async def shutdown(self) -> None:
+        await asyncio.to_thread(self._thread.shutdown)

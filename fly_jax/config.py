@@ -1,0 +1,63 @@
+"""Engine options, with vLLM's names where the thing is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fly_jax.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine needs to know before it starts.
+
+    Attributes:
+        model: a Hugging Face folder or a folder made by ``fly-jax convert``.
+        devices: how many devices to use; None: all (on CPU: 4 virtual ones).
+        layout: the first layout (``2+2``, ``dp4``, ``tp4``, ...); None: the narrowest.
+        base_tp: smallest TP degree that holds the model; None: found from the memory.
+        dtype: ``auto`` keeps the checkpoint's.
+        max_model_len: context limit in tokens; None: the model's own.
+        max_num_seqs: most requests running at once in one group.
+        max_num_batched_tokens: most tokens one step of one group computes.
+        max_num_queued_reqs: most requests waiting; more are refused.
+        block_size: tokens a KV block holds at TP 1.
+        num_blocks: KV blocks a device; None: from the memory.
+        gpu_memory_utilization: fraction of an accelerator's memory used for weights and KV.
+        device_memory_bytes: memory of one device; None: asked from the device (a CPU device: its share of the host's).
+        overlap: keep one step in flight while the next is prepared; False is the loop for debugging.
+        seed: from which seeds of requests without one are drawn.
+    """
+
+    model: Path
+    devices: int | None = None
+    layout: str | None = None
+    base_tp: int | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_num_queued_reqs: int = 1024
+    block_size: int = 16
+    num_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    device_memory_bytes: int | None = None
+    overlap: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Path(self.model))
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("devices", "base_tp", "max_model_len", "num_blocks", "device_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")

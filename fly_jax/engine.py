@@ -1,0 +1,270 @@
+"""The engine: one thread's loop of schedule -> dispatch -> harvest over groups of devices."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from fly_jax.errors import InvalidRequestError
+from fly_jax.group_scheduler import StepPlan
+from fly_jax.kv_cache import KVCacheManager
+from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.loader import LoadedModel
+from fly_jax.output_processor import OutputProcessor
+from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport
+from fly_jax.request import Request, RequestState
+from fly_jax.runner import InFlightStep, RowResult
+from fly_jax.sampling_params import SamplingParams
+from fly_jax.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# Steps of one group that may be launched and not yet harvested: one runs while the next is prepared.
+STEPS_IN_FLIGHT = 2
+
+
+class Engine:
+    """Serves requests over groups of devices and changes the layout between steps.
+
+    Not thread-safe: one thread calls every method (see :class:`fly_jax.engine_thread.EngineThread`), so that all
+    launches have one total order and collectives of overlapping groups can never wait for each other in a circle.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.runner = model.runner
+        config = model.config
+        self.kv = KVCacheManager(model.kv_spec, model.num_devices, model.base_tp)
+        self.scheduler = Scheduler(
+            model.initial_layout,
+            model.limits,
+            self.kv,
+            max_model_len=model.max_model_len,
+            max_queued=config.max_num_queued_reqs,
+        )
+        self.outputs = OutputProcessor(model.tokenizer, model.eos_token_ids)
+        self._depth = STEPS_IN_FLIGHT if config.overlap else 1
+        self._in_flight: dict[DeviceGroup, deque[InFlightStep]] = {group: deque() for group in model.groups}
+        self._seeds = random.Random(config.seed)
+        self._switch_started = 0.0
+        self._finished: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
+        self._last_switch: SwitchReport | None = None
+        self._compiles_at_start = model.compiles.count
+
+    # -- the step loop ----------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestDelta]:
+        """One pass: start what fits, launch a step on every group that can take one, read what has finished.
+
+        Returns:
+            What requests gained; empty if nothing has finished yet.
+        """
+        deltas = self._route()
+        launched = [self._dispatch(plan) for plan in self._schedule()]
+        ready = self._ready_steps(block=not launched)
+        for step in ready:
+            deltas += self._harvest(step)
+        self._switch_if_drained()
+        return deltas
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or any(self._in_flight.values())
+
+    def _route(self) -> list[RequestDelta]:
+        stranded = self.scheduler.route()
+        if stranded is None:
+            return []
+        limit, needs = self.scheduler.context_limit(), stranded.num_known + 1
+        message = f"the layout now holds {limit} tokens a request but this one needs {needs}: switch to a wider layout"
+        return [self._end(stranded, FinishReason.ERROR, error=message)]
+
+    def _schedule(self) -> list[StepPlan]:
+        plans = []
+        for group in self.scheduler.groups:
+            if len(self._in_flight[group]) < self._depth and (plan := self.scheduler.schedule(group)):
+                plans.append(plan)
+        return plans
+
+    def _dispatch(self, plan: StepPlan) -> InFlightStep:
+        step = self.runner.launch(plan)
+        self._in_flight[plan.group].append(step)
+        self._counters["steps"] += 1
+        return step
+
+    def _ready_steps(self, block: bool) -> list[InFlightStep]:
+        """Steps whose results can be read, oldest first in each group; waits for one if ``block`` and none is."""
+        ready = []
+        for steps in self._in_flight.values():
+            while steps and (self._depth == 1 or steps[0].ready):
+                ready.append(steps.popleft())
+        if not ready and block:
+            oldest = next((steps for steps in self._in_flight.values() if steps), None)
+            if oldest:
+                ready.append(oldest.popleft())
+        return ready
+
+    def _harvest(self, step: InFlightStep) -> list[RequestDelta]:
+        deltas = []
+        for result in self.runner.harvest(step):
+            if delta := self._apply(result):
+                deltas.append(delta)
+        return deltas
+
+    def _apply(self, result: RowResult) -> RequestDelta | None:
+        """Adds a row's results to its request; a row of a request that ended meanwhile is dropped."""
+        row, request = result.row, result.row.request
+        if request.finished:
+            return None
+        fresh = len(request.prompt_logprobs) - row.start  # a recomputed prompt is scored again
+        request.prompt_logprobs.extend(result.scores[max(0, fresh) :])
+        if result.token is None:
+            return None
+        request.num_pending -= 1
+        request.output_ids.append(result.token.token_id)
+        self._counters["generation_tokens"] += 1
+        try:
+            delta = self.outputs.push(request, result.token)
+        except Exception as error:  # a tokenizer's failure is that request's, not the engine's
+            logger.exception("request %s failed", request.request_id)
+            return self._end(request, FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
+        if delta.finish_reason is not None:
+            self._close(request, delta.finish_reason)
+        return delta
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queues a request.
+
+        Raises:
+            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id.
+            ContextLengthError: the prompt fits no group of the layout.
+            QueueFullError: too many wait already.
+        """
+        vocabulary = self.model.model_config.vocab_size
+        if not prompt_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
+        if not all(0 <= token < vocabulary for token in prompt_ids):
+            wrong = next(token for token in prompt_ids if not 0 <= token < vocabulary)
+            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary of {vocabulary}", param="prompt")
+        if request_id in self.scheduler.requests:
+            raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
+        if params.stop and self.model.tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer and this model has none", param="stop")
+        self.scheduler.check(len(prompt_ids))
+        room = self.scheduler.max_model_len - len(prompt_ids)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        request = Request(
+            request_id=request_id,
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed=seed,
+            arrival=time.monotonic(),
+        )
+        self.outputs.add(request)
+        self.scheduler.add(request)
+        self._counters["prompt_tokens"] += len(prompt_ids)
+
+    def abort(self, request_id: str) -> RequestDelta | None:
+        """Ends a request and frees its blocks at once; None if it is not known (any more)."""
+        request = self.scheduler.requests.get(request_id)
+        return None if request is None else self._end(request, FinishReason.ABORT)
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestDelta:
+        self._close(request, reason)
+        return RequestDelta(
+            request.request_id,
+            finish_reason=reason,
+            error=error,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_output_tokens=len(request.output_ids),
+        )
+
+    def _close(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+        self.outputs.discard(request)
+        self._finished[str(reason)] += 1
+        assert request.state is RequestState.FINISHED
+
+    # -- layout -----------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self.scheduler.layout
+
+    @property
+    def switching(self) -> bool:
+        return self.scheduler.target is not None
+
+    @property
+    def last_switch(self) -> SwitchReport | None:
+        return self._last_switch
+
+    def parse_layout(self, text: str) -> Layout:
+        """Raises LayoutError where the text does not fit the devices."""
+        return Layout.parse(text, self.model.num_devices, self.model.base_tp)
+
+    def begin_switch(self, text: str) -> Layout:
+        """Starts going to another layout; :meth:`step` completes it once the groups concerned have drained.
+
+        Raises:
+            LayoutError: the layout does not fit, or a switch is already under way.
+        """
+        target = self.parse_layout(text)
+        self.scheduler.begin_switch(target)
+        self._switch_started = time.perf_counter()
+        logger.info("switch %s -> %s: draining %s", self.layout, target, [str(g) for g in self.scheduler.dissolving])
+        return target
+
+    def _switch_if_drained(self) -> None:
+        concerned = self.scheduler.dissolving
+        if not self.scheduler.drained or any(self._in_flight[group] for group in concerned):
+            return
+        drained = time.perf_counter()
+        source = str(self.layout)
+        self.scheduler.complete_switch()
+        done = time.perf_counter()
+        self._counters["switches"] += 1
+        self._last_switch = SwitchReport(
+            source=source,
+            target=str(self.layout),
+            drain_seconds=drained - self._switch_started,
+            cutover_seconds=done - drained,
+            requests_waiting=len(self.scheduler.waiting),
+        )
+        logger.info(
+            "switch %s -> %s: drained in %.1f ms, cutover %.3f ms", source, self.layout,
+            1e3 * self._last_switch.drain_seconds, 1e3 * self._last_switch.cutover_seconds,
+        )  # fmt: skip
+
+    # -- observation ------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        scheduler, model = self.scheduler, self.model
+        return EngineStats(
+            layout=str(scheduler.layout),
+            target_layout=None if scheduler.target is None else str(scheduler.target),
+            running=scheduler.num_running,
+            waiting=len(scheduler.waiting),
+            kv_usage=self.kv.usage,
+            free_blocks=tuple(allocator.num_free for allocator in self.kv.allocators),
+            num_blocks=self.kv.spec.num_blocks,
+            steps=self._counters["steps"],
+            prompt_tokens=self._counters["prompt_tokens"],
+            generation_tokens=self._counters["generation_tokens"],
+            requests_finished=dict(self._finished),
+            preemptions=scheduler.num_preemptions,
+            switches=self._counters["switches"],
+            last_switch=self._last_switch,
+            executables=len(self.runner.executables),
+            compile_seconds=self.runner.executables.compile_seconds,
+            compiles_after_warmup=model.compiles.count - self._compiles_at_start,
+            weight_bytes=self.runner.weights.resident_bytes,
+            kv_bytes=self.runner.pool.nbytes,
+        )

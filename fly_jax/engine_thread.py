@@ -1,0 +1,182 @@
+"""The one thread that owns an engine: everything else talks to it through a queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fly_jax.engine import Engine
+from fly_jax.errors import EngineDeadError
+from fly_jax.layout import Layout
+from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
+from fly_jax.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Sink = Callable[[RequestDelta | EngineDeadError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingSwitch:
+    target: Layout
+    done: Future[SwitchReport]
+
+
+class EngineThread:
+    """Runs the step loop while there is work and sleeps when there is none.
+
+    Methods are thread-safe. A sink is called on the engine's thread with each of its request's deltas, or once
+    with EngineDeadError; it must return at once and never raise.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}
+        self._switches: deque[_PendingSwitch] = deque()
+        self._switching: _PendingSwitch | None = None
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="fly-jax-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and self._failure is None and not self._stopping
+
+    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, sink: Sink) -> Future[None]:
+        """Queues a request; the future fails with what :meth:`Engine.add_request` raises."""
+
+        def add(engine: Engine) -> None:
+            engine.add_request(request_id, prompt_ids, params)
+            self._sinks[request_id] = sink
+
+        return self.call(add)
+
+    def abort(self, request_id: str) -> Future[None]:
+        """Ends a request; its sink gets a last delta with finish reason ABORT."""
+
+        def end(engine: Engine) -> None:
+            if (delta := engine.abort(request_id)) is not None:
+                self._deliver(delta)
+
+        return self.call(end)
+
+    def switch(self, layout: str) -> Future[SwitchReport]:
+        """Goes to another layout; switches asked for while one is under way follow in order."""
+        done: Future[SwitchReport] = Future()
+
+        def begin() -> None:
+            try:
+                self._switches.append(_PendingSwitch(self._engine.parse_layout(layout), done))
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(begin, done)
+        return done
+
+    def stats(self) -> Future[EngineStats]:
+        return self.call(lambda engine: engine.stats())
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """Runs a function on the engine's thread between two steps."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(function(self._engine))
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(run, done)
+        return done
+
+    def shutdown(self) -> None:
+        """Aborts what is left and ends the thread; safe to call twice."""
+        with self._lock:
+            if not self._stopping:
+                self._stopping = True
+                self._commands.put(None)
+        self._thread.join()
+
+    # -- on the engine's thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._advance_switches()
+                if self._engine.has_work:
+                    for delta in self._engine.step():
+                        self._deliver(delta)
+            self._fail_all(EngineDeadError("the engine has been shut down"))
+        except BaseException as error:
+            logger.exception("the engine's loop has failed")
+            self._failure = error
+            self._fail_all(self._dead())
+
+    def _take_commands(self) -> bool:
+        """Runs queued commands, waiting for one if the engine is idle; False at shutdown."""
+        idle = not (self._engine.has_work or self._switches or self._switching)
+        try:
+            while True:
+                command = self._commands.get(block=idle)
+                if command is None:
+                    return False
+                command()
+                idle = False
+        except queue.Empty:
+            return True
+
+    def _advance_switches(self) -> None:
+        if self._switching is not None and not self._engine.switching:
+            report = self._engine.last_switch
+            assert report is not None
+            self._switching.done.set_result(report)
+            self._switching = None
+        if self._switching is None and self._switches:
+            self._switching = self._switches.popleft()
+            self._engine.begin_switch(str(self._switching.target))
+
+    def _deliver(self, delta: RequestDelta) -> None:
+        sink = self._sinks.get(delta.request_id)
+        if delta.finish_reason is not None:
+            self._sinks.pop(delta.request_id, None)
+        if sink is not None:
+            sink(delta)
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(error)
+        for switch in (self._switching, *self._switches):
+            if switch is not None and not switch.done.done():
+                switch.done.set_exception(error)
+        with self._lock:
+            self._stopping = True
+        while not self._commands.empty():
+            if (command := self._commands.get()) is not None:
+                command()
+
+    # -- on the callers' threads ------------------------------------------------------------------------------
+
+    def _post(self, command: Callable[[], None], done: Future[Any]) -> None:
+        with self._lock:
+            if not self._stopping:
+                self._commands.put(command)
+                return
+        done.set_exception(self._dead())
+
+    def _dead(self) -> EngineDeadError:
+        error = EngineDeadError(f"the engine has stopped: {self._failure or 'it was shut down'}")
+        error.__cause__ = self._failure
+        return error

@@ -1,0 +1,47 @@
+"""Typed errors of the public API. Every message is one line: what is wrong, both values, what to do."""
+
+from __future__ import annotations
+
+
+class FlyJaxError(Exception):
+    """Base of every error that fly-jax raises on purpose."""
+
+
+class ConfigError(FlyJaxError):
+    """An engine option or a model's config.json is invalid or not supported."""
+
+
+class LayoutError(ConfigError):
+    """A layout string is malformed or does not fit the devices."""
+
+
+class CheckpointError(FlyJaxError):
+    """A model folder is missing, truncated, inconsistent or of an unknown format."""
+
+
+class ModelTooLargeError(ConfigError):
+    """The weights do not fit the device memory given, even at the widest layout."""
+
+
+class CompileError(FlyJaxError):
+    """An executable failed to compile or to run during warm-up."""
+
+
+class InvalidRequestError(FlyJaxError):
+    """A request is malformed; ``param`` names the offending field where there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt (plus what it must generate) is longer than the engine can hold."""
+
+
+class QueueFullError(FlyJaxError):
+    """The engine already has as many waiting requests as it is allowed to queue."""
+
+
+class EngineDeadError(FlyJaxError):
+    """The engine's loop has stopped; ``__cause__`` holds why."""

@@ -1,0 +1,198 @@
+"""Every program that serving can need, compiled and run once before the first request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fly_jax import steps
+from fly_jax.batch import BackboneShape, chunk_blocks, sampling_layout, table_width
+from fly_jax.buckets import Buckets
+from fly_jax.device_groups import DeviceMeshes
+from fly_jax.errors import CompileError
+from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.kv_pool import POOL_PARTITION
+from fly_jax.layout import DeviceGroup
+from fly_jax.models.sharding import ModelSpec, ModuleSpec
+from kernels_pallas import KVLayout
+from kernels_pallas.paged import storage_dtype
+
+# jax's own name of the event, through its public monitoring interface.
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class StepKind(StrEnum):
+    DECODE = "decode"
+    MIXED = "mixed"
+    HEAD = "head"
+    SCORE = "score"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutableKey:
+    """What a program is compiled for: the group, the kind of step and the bucket (rows or token places)."""
+
+    group: DeviceGroup
+    kind: StepKind
+    bucket: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.bucket}] on {self.group}"
+
+
+@dataclass(frozen=True)
+class ProgramShapes:
+    """The sizes that all programs of one engine agree on.
+
+    Attributes:
+        slots: rows of a group's token table; one more than the most requests, the last for pad rows.
+    """
+
+    model: ModelSpec
+    kv: KVCacheSpec
+    buckets: Buckets
+    dtype: jnp.dtype
+    max_model_len: int
+    slots: int
+
+    @property
+    def sample_rows(self) -> int:
+        return self.buckets.rows[-1]
+
+    def kv_layout(self, tp: int) -> KVLayout:
+        return KVLayout(self.kv.block_shape(tp), chunk_blocks(self.kv, tp), self.dtype)
+
+    def backbone(self, key: ExecutableKey) -> BackboneShape:
+        mixed = key.kind is StepKind.MIXED
+        rows = self.sample_rows if mixed else key.bucket
+        width = table_width(self.kv, self.max_model_len, key.group.size)
+        return BackboneShape(key.bucket, rows, width, self.sample_rows, mixed)
+
+    def keys(self, group: DeviceGroup) -> Iterator[ExecutableKey]:
+        """Every program of one group."""
+        for kind, sizes in (
+            (StepKind.DECODE, self.buckets.rows),
+            (StepKind.MIXED, self.buckets.tokens),
+            (StepKind.HEAD, self.buckets.rows),
+            (StepKind.SCORE, self.buckets.tokens),
+        ):
+            for size in sizes:
+                yield ExecutableKey(group, kind, size)
+
+
+class ProgramLowerer:
+    """Lowers one key's program for its group's mesh, from shapes alone."""
+
+    def __init__(self, shapes: ProgramShapes, meshes: DeviceMeshes) -> None:
+        self.shapes, self.meshes = shapes, meshes
+
+    def lower(self, key: ExecutableKey) -> jax.stages.Lowered:
+        mesh, model = self.meshes.mesh(key.group), self.shapes.model
+        arguments = self.arguments(key)
+        if key.kind is StepKind.HEAD:
+            return jax.jit(steps.head(model, key.bucket, mesh), donate_argnums=2).lower(*arguments)
+        if key.kind is StepKind.SCORE:
+            return jax.jit(steps.score(model, mesh)).lower(*arguments)
+        program = steps.backbone(model, self.shapes.kv_layout(key.group.size), self.shapes.backbone(key), mesh)
+        return jax.jit(program, donate_argnums=1).lower(*arguments)
+
+    def arguments(self, key: ExecutableKey) -> tuple[Any, ...]:
+        """Shapes, dtypes and shardings of the program's arguments."""
+        shapes, group = self.shapes, key.group
+        hidden_size = shapes.model.config.hidden_size
+        table = self._struct(group, (shapes.slots,), jnp.int32)
+        if key.kind is StepKind.HEAD:
+            hidden = self._struct(group, (shapes.sample_rows, hidden_size), shapes.dtype)
+            packed = self._struct(group, (1, sampling_layout(key.bucket).size), jnp.int32)
+            return self._leaves(group, shapes.model.head), hidden, table, packed
+        if key.kind is StepKind.SCORE:
+            hidden = self._struct(group, (key.bucket, hidden_size), shapes.dtype)
+            return self._leaves(group, shapes.model.head), hidden, self._struct(group, (key.bucket,), jnp.int32)
+        pool_shape = (group.size * shapes.kv.num_blocks, shapes.kv.block_elements)
+        pool = self._struct(group, pool_shape, storage_dtype(shapes.dtype), POOL_PARTITION)
+        packed_shape = (group.size, shapes.backbone(key).layout.size)
+        packed = jax.ShapeDtypeStruct(packed_shape, jnp.int32, sharding=self.meshes.by_rank(group))
+        return self._leaves(group, shapes.model.decoder), pool, table, packed
+
+    def _leaves(self, group: DeviceGroup, module: ModuleSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(self._struct(group, p.shape, p.dtype, p.partition) for p in module.parameters)
+
+    def _struct(
+        self, group: DeviceGroup, shape: tuple[int, ...], dtype: Any, partition: PartitionSpec = PartitionSpec()
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.meshes.sharding(group, partition))
+
+
+@dataclass
+class ExecutableTable:
+    """Compiled programs by key, called directly: a wrong shape or sharding is an error, never a silent recompile.
+
+    Attributes:
+        step_seconds: measured at warm-up; what a layout policy plans with.
+        compile_seconds: wall time of lowering and compiling everything.
+    """
+
+    programs: dict[ExecutableKey, jax.stages.Compiled]
+    compile_seconds: float
+    step_seconds: dict[ExecutableKey, float] = field(default_factory=dict)
+
+    def __getitem__(self, key: ExecutableKey) -> jax.stages.Compiled:
+        return self.programs[key]
+
+    def __len__(self) -> int:
+        return len(self.programs)
+
+
+def compile_all(
+    lowerer: ProgramLowerer, keys: list[ExecutableKey], *, workers: int, progress: Callable[[int, int], None]
+) -> ExecutableTable:
+    """Lowers in this thread and compiles in several.
+
+    Raises:
+        CompileError: naming the first program that failed.
+    """
+    started = time.perf_counter()
+    programs: dict[ExecutableKey, jax.stages.Compiled] = {}
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="compile") as pool:
+        futures = {}
+        for key in keys:
+            futures[key] = pool.submit(_compile, key, _lower(lowerer, key))
+        for done, (key, future) in enumerate(futures.items(), start=1):
+            programs[key] = future.result()
+            progress(done, len(keys))
+    return ExecutableTable(programs, time.perf_counter() - started)
+
+
+def _lower(lowerer: ProgramLowerer, key: ExecutableKey) -> jax.stages.Lowered:
+    try:
+        return lowerer.lower(key)
+    except Exception as error:
+        raise CompileError(f"lowering {key} failed: {type(error).__name__}: {error}") from error
+
+
+def _compile(key: ExecutableKey, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except Exception as error:
+        raise CompileError(f"compiling {key} failed: {type(error).__name__}: {error}") from error
+
+
+class CompileCounter:
+    """Counts backend compiles in this process, through ``jax.monitoring``."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            self.count += 1
+

@@ -1,0 +1,136 @@
+"""Layouts: partitions of the device list into tensor-parallel groups. Pure Python, no JAX.
+
+A layout's canonical text is its TP degrees in device order joined by ``+`` (``2+1+1``); ``dp4``, ``tp4`` and
+``dp2xtp2`` are aliases. Groups are aligned, contiguous, power-of-two runs of the device list, the only shapes
+that the communicator pool of Flying Serving (arXiv 2602.22593) holds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from fly_jax.errors import LayoutError
+
+_ALIAS = re.compile(r"^(?:dp(?P<dp>\d+))?x?(?:tp(?P<tp>\d+))?$")
+
+
+@dataclass(frozen=True, order=True)
+class DeviceGroup:
+    """Devices ``start .. start + size - 1`` working as one TP unit of degree ``size``."""
+
+    start: int
+    size: int
+
+    @property
+    def device_indices(self) -> range:
+        """Indices into the engine's device list, in device order (not rank order)."""
+        return range(self.start, self.start + self.size)
+
+    def overlaps(self, other: DeviceGroup) -> bool:
+        return self.start < other.start + other.size and other.start < self.start + self.size
+
+    def rank_order(self, base_tp: int) -> tuple[int, ...]:
+        """Device index of each TP rank.
+
+        With base TP m, device i holds shard ``i % m`` of a base group; rank r of degree t needs bytes
+        ``[r/t, (r+1)/t)`` of the weights, which must lie inside that shard. So ranks
+        ``s*t/m .. (s+1)*t/m - 1`` go to the devices that hold shard s, and nothing moves.
+        """
+        return tuple(sorted(self.device_indices, key=lambda i: (i % base_tp, i)))
+
+    def __str__(self) -> str:
+        last = self.start + self.size - 1
+        return f"tp{self.size}@{self.start}" if self.size == 1 else f"tp{self.size}@{self.start}-{last}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A partition of all devices into groups, by their TP degrees in device order."""
+
+    degrees: tuple[int, ...]
+
+    @cached_property
+    def groups(self) -> tuple[DeviceGroup, ...]:
+        groups, start = [], 0
+        for degree in self.degrees:
+            groups.append(DeviceGroup(start, degree))
+            start += degree
+        return tuple(groups)
+
+    @property
+    def num_devices(self) -> int:
+        return sum(self.degrees)
+
+    @property
+    def widest(self) -> int:
+        return max(self.degrees)
+
+    def __str__(self) -> str:
+        return "+".join(str(d) for d in self.degrees)
+
+    @classmethod
+    def uniform(cls, num_devices: int, degree: int) -> Layout:
+        return cls((degree,) * (num_devices // degree))
+
+    @classmethod
+    def parse(cls, text: str, num_devices: int, base_tp: int = 1) -> Layout:
+        """Reads canonical text or an alias and checks it against the devices.
+
+        Raises:
+            LayoutError: malformed, or does not partition ``num_devices`` into aligned power-of-two groups of
+                multiples of ``base_tp``.
+        """
+        layout = cls(_degrees(text, num_devices))
+        layout.check(num_devices, base_tp)
+        return layout
+
+    def check(self, num_devices: int, base_tp: int) -> None:
+        if self.num_devices != num_devices:
+            raise LayoutError(
+                f"layout {self} uses {self.num_devices} devices but the engine has {num_devices}: "
+                f"its degrees must add up to {num_devices}"
+            )
+        for group in self.groups:
+            if group.size & (group.size - 1) or group.start % group.size:
+                raise LayoutError(
+                    f"layout {self}: group of {group.size} at device {group.start} is not an aligned power of two; "
+                    f"use degrees 1, 2, 4, ... that start at a multiple of themselves"
+                )
+            if group.size % base_tp:
+                raise LayoutError(
+                    f"layout {self}: degree {group.size} is below the base TP {base_tp} that this model needs; "
+                    f"use multiples of {base_tp}"
+                )
+
+
+def _degrees(text: str, num_devices: int) -> tuple[int, ...]:
+    text = text.strip().lower()
+    parts = text.split("+")
+    if all(p.strip().isascii() and p.strip().isdigit() and len(p.strip()) < 6 for p in parts):
+        degrees = tuple(int(p) for p in parts)
+        if all(degrees):
+            return degrees
+    elif text and (match := _ALIAS.match(text)) and len(text) < 16:
+        tp = int(match["tp"]) if match["tp"] else max(1, num_devices // max(1, int(match["dp"])))
+        dp = int(match["dp"]) if match["dp"] else max(1, num_devices // max(1, tp))
+        if dp and tp and dp <= 4096:
+            return (tp,) * dp
+    raise LayoutError(
+        f"layout {text!r} is not understood: write TP degrees joined by + such as 2+1+1, or dp4, tp4, dp2xtp2"
+    )
+
+
+def all_groups(num_devices: int, base_tp: int) -> tuple[DeviceGroup, ...]:
+    """Every group that some layout of these devices can hold, narrow ones first."""
+    groups, size = [], base_tp
+    while size <= num_devices:
+        groups += [DeviceGroup(start, size) for start in range(0, num_devices - size + 1, size)]
+        size *= 2
+    return tuple(groups)
+
+
+def max_tp_degree(num_devices: int) -> int:
+    """The widest power-of-two group that the devices hold."""
+    return 1 << (num_devices.bit_length() - 1)

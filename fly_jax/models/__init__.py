@@ -1,0 +1,1 @@
+"""Model architectures: configuration, prepared weight shapes and forward passes."""

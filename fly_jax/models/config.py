@@ -1,0 +1,216 @@
+"""Reads a Hugging Face ``config.json`` into the one description that the decoder understands.
+
+Everything that changes the numbers is read or refused by name; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fly_jax.errors import CheckpointError, ConfigError
+from fly_jax.models.rope import RopeConfig, parse_rope
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+# What transformers takes where config.json is silent.
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_DEFAULT_MISTRAL_WINDOW = 4096
+
+_HANDLED = frozenset({
+    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act",
+    "torch_dtype", "dtype", "original_max_position_embeddings",
+})  # fmt: skip
+# Fields of transformers' configs that do not change a dense decoder's inference numbers.
+_INERT = frozenset({
+    "_name_or_path", "transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "decoder_start_token_id", "initializer_range", "attention_dropout", "pretraining_tp",
+    "output_attentions", "output_hidden_states", "return_dict", "torchscript", "id2label", "label2id",
+    "problem_type", "task_specific_params", "is_decoder", "is_encoder_decoder", "chunk_size_feed_forward",
+    "tokenizer_class", "prefix", "finetuning_task", "hidden_dropout", "unsloth_version",
+    "unsloth_fixed", "_attn_implementation_autoset", "add_cross_attention", "cross_attention_hidden_size",
+    "tie_encoder_decoder", "name_or_path", "num_logits_to_keep",
+})  # fmt: skip
+# Fields that change the numbers unless they have this value.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "auto_map": (None,),
+    "use_qkv_bias": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "cross_attention_layers": (None,),
+    "pruned_heads": (None, {}),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dense pre-norm decoder with gated MLP, grouped-query attention and rotary positions.
+
+    Attributes:
+        sliding_windows: one a layer: how many of the latest positions (its own included) a token sees; None: all.
+        qkv_bias, output_bias, mlp_bias: which projections have biases.
+        qk_norm: RMS norm over each query and key head (Qwen3).
+        dtype: the checkpoint's own, ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    rope: RopeConfig
+    dtype: str
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Reads ``folder/config.json``.
+
+        Raises:
+            CheckpointError: the file is missing or not JSON.
+            ConfigError: an architecture or field that is not supported.
+        """
+        return cls.from_hf(read_json(folder / "config.json"))
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        architecture = _architecture(raw)
+        family = ARCHITECTURES[architecture]
+        _refuse_unsupported(raw)
+        heads, hidden = _positive(raw, "num_attention_heads"), _positive(raw, "hidden_size")
+        kv_heads = _positive(raw, "num_key_value_heads", default=_DEFAULT_KV_HEADS.get(family, heads))
+        head_dim = _positive(raw, "head_dim", default=128 if family == "qwen3" else hidden // heads)
+        if heads % kv_heads:
+            raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if head_dim % 16:
+            raise ConfigError(f"head_dim {head_dim} is not supported: it must be a multiple of 16")
+        if hidden % 32:
+            raise ConfigError(f"hidden_size {hidden} is not supported: it must be a multiple of 32")
+        bias = bool(raw.get("attention_bias", False))
+        max_positions = _positive(raw, "max_position_embeddings", default=_DEFAULT_MAX_POSITIONS[family])
+        return cls(
+            architecture=architecture,
+            vocab_size=_positive(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_positive(raw, "intermediate_size"),
+            num_layers=_positive(raw, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=max_positions,
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=True if family == "qwen2" else bias,
+            output_bias=bias if family in ("llama", "qwen3") else False,
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            sliding_windows=_sliding_windows(raw, family),
+            rope=parse_rope(raw, head_dim, max_positions),
+            dtype=_dtype(raw),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: give a Hugging Face folder or one made by fly-jax convert") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures") or []
+    if len(names) == 1 and names[0] in ARCHITECTURES:
+        return str(names[0])
+    raise ConfigError(f"architecture {names} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    for name, value in raw.items():
+        if name in _HANDLED or name in _INERT:
+            continue
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                raise ConfigError(f"config field {name}={value!r} is not supported; it must be {_NEUTRAL[name][-1]!r}")
+        elif value is not None:
+            raise ConfigError(f"config field {name}={value!r} is not known, and is not guessed: remove it if it has no effect")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError(f"config field hidden_act={raw['hidden_act']!r} is not supported; it must be 'silu'")
+
+
+def _positive(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise ConfigError(f"config field {name} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"config field {name}={value!r} must be a positive integer")
+    return value
+
+
+def _sliding_windows(raw: Mapping[str, Any], family: str) -> tuple[int | None, ...]:
+    layers = _positive(raw, "num_hidden_layers")
+    window = raw.get("sliding_window", _DEFAULT_MISTRAL_WINDOW if family == "mistral" else None)
+    if family in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+        window = None
+    if window is None:
+        return (None,) * layers
+    if family == "llama":
+        raise ConfigError(f"config field sliding_window={window!r} is not supported for Llama")
+    window = _positive({"sliding_window": window}, "sliding_window")
+    if (types := raw.get("layer_types")) is not None:
+        known = {"full_attention": None, "sliding_attention": window}
+        if len(types) != layers or any(t not in known for t in types):
+            raise ConfigError(f"config field layer_types={types!r} must name {layers} of {', '.join(known)}")
+        return tuple(known[t] for t in types)
+    if family == "mistral":
+        return (window,) * layers
+    first = raw.get("max_window_layers", 28)
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"config field torch_dtype={name!r} is not supported; it must be float32, bfloat16 or float16")
+    return name

@@ -1,0 +1,124 @@
+"""Turns sampled tokens into text deltas and decides when a request ends. Pure Python, no JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
+from fly_jax.request import Request
+from fly_jax.tokenizer import TextStream, Tokenizer
+
+
+class StopMatcher:
+    """Finds stop strings across token borders; text that may still become one is held back."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that is certain, and the stop string if one is complete (nothing from it on is emitted)."""
+        if not self._stops:
+            return text, None
+        self._held += text
+        found = [(index, stop) for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        if found:
+            index, stop = min(found, key=lambda match: match[0])
+            certain, self._held = self._held[:index], ""
+            return certain, stop
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        certain = self._held[: len(self._held) - keep]
+        self._held = self._held[len(certain) :]
+        return certain, None
+
+    def flush(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    text: TextStream | None
+    stops: StopMatcher
+    sent_prompt_logprobs: bool = False
+
+
+class OutputProcessor:
+    """Text state of every live request.
+
+    Args:
+        tokenizer: None serves token ids only; no text, and no stop strings.
+        eos_token_ids: the model's own end-of-sequence tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        self._streams: dict[str, _Stream] = {}
+
+    def add(self, request: Request) -> None:
+        params = request.params
+        text = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
+        self._streams[request.request_id] = _Stream(text, StopMatcher(params.stop))
+
+    def discard(self, request: Request) -> None:
+        self._streams.pop(request.request_id, None)
+
+    def push(self, request: Request, sampled: TokenLogprob) -> RequestDelta:
+        """Takes one sampled token (already in ``request.output_ids``) and says what it adds and whether it ends."""
+        stream = self._streams[request.request_id]
+        reason, stop_reason = self._stop_by_token(request, sampled.token_id)
+        is_hidden_stop = reason is FinishReason.STOP
+        text, stop_string = "", None
+        if stream.text is not None and not is_hidden_stop:
+            text = stream.text.push(sampled.token_id)
+            if len(request.output_ids) >= request.params.min_tokens:
+                text, stop_string = stream.stops.push(text)
+            if stop_string is not None:
+                reason, stop_reason = FinishReason.STOP, stop_string
+        if reason is None and len(request.output_ids) >= request.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None and stop_string is None and stream.text is not None:
+            text += self._flush(stream)
+        return RequestDelta(
+            request.request_id,
+            text=text,
+            token_ids=(sampled.token_id,),
+            logprobs=() if request.params.logprobs is None else (sampled,),
+            prompt_logprobs=self._prompt_logprobs(request, stream),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_output_tokens=len(request.output_ids),
+        )
+
+    def _stop_by_token(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        params = request.params
+        if len(request.output_ids) < params.min_tokens:
+            return None, None
+        if token in params.stop_token_ids:
+            return FinishReason.STOP, token
+        if token in self.eos_token_ids and not params.ignore_eos:
+            return FinishReason.STOP, None
+        return None, None
+
+    @staticmethod
+    def _flush(stream: _Stream) -> str:
+        assert stream.text is not None
+        text, stop = stream.stops.push(stream.text.flush())
+        return text if stop is not None else text + stream.stops.flush()
+
+    @staticmethod
+    def _prompt_logprobs(request: Request, stream: _Stream) -> tuple[float, ...] | None:
+        if not request.params.prompt_logprobs or stream.sent_prompt_logprobs:
+            return None
+        stream.sent_prompt_logprobs = True
+        return tuple(request.prompt_logprobs)

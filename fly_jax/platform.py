@@ -1,0 +1,75 @@
+"""The one place that reads and writes the process environment, before jax starts its backend.
+
+The command line, the tests and the notebooks all come through :func:`configure_devices`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from fly_jax.errors import ConfigError
+
+# Virtual CPU devices where nobody says how many.
+DEFAULT_DEVICES = 4
+_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+def configure_devices(count: int) -> None:
+    """Gives the CPU platform ``count`` virtual devices; real accelerators are not affected.
+
+    In-process collectives need every device's thread to arrive, and XLA's pool has max(cores, devices)
+    threads: four devices on two cores with several steps in flight hung until NPROC was four times
+    the device count.
+
+    Raises:
+        ConfigError: jax has already started with fewer CPU devices.
+    """
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT_FLAG)]
+    present = _requested_devices()
+    wanted = max(count, present)
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={wanted}"])
+    os.environ["NPROC"] = str(max(4 * wanted, int(os.environ.get("NPROC", "0") or 0)))
+    if "jax" in sys.modules:
+        _check_started(count)
+
+
+def _requested_devices() -> int:
+    for flag in os.environ.get("XLA_FLAGS", "").split():
+        if flag.startswith(_DEVICE_COUNT_FLAG + "="):
+            return int(flag.split("=", 1)[1])
+    return 1
+
+
+def _check_started(count: int) -> None:
+    import jax
+
+    have = len(jax.devices())
+    if jax.default_backend() == "cpu" and have < count:
+        raise ConfigError(
+            f"{count} devices asked for but jax has already started with {have}: "
+            "restart the Python process (or notebook kernel) and create the engine before using jax"
+        )
+
+
+def cache_dir() -> Path:
+    """Where compiled programs are kept between runs: $FLY_JAX_CACHE_DIR, or the user's cache folder."""
+    if chosen := os.environ.get("FLY_JAX_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fly_jax"
+
+
+def api_key(name: str) -> str | None:
+    """A secret from the environment: FLY_JAX_API_KEY or FLY_JAX_ADMIN_KEY."""
+    return os.environ.get(name) or None
+
+
+def host_memory_bytes() -> int:
+    """Physical memory of this machine, or this process's cgroup limit if lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total

@@ -1,0 +1,78 @@
+"""One request's state while the engine works on it. Pure Python, no JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from fly_jax.kv_cache import BlockTable
+from fly_jax.outputs import FinishReason
+from fly_jax.sampling_params import SamplingParams
+
+
+class RequestState(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt, what has been generated, and how far its KV has been computed.
+
+    Steps are launched before the tokens of earlier ones are known on the host, so there are two clocks:
+    ``num_computed`` and ``num_pending`` advance when a step is scheduled, ``output_ids`` when it is harvested.
+
+    Attributes:
+        max_tokens: resolved limit on generated tokens.
+        seed: resolved sampling seed.
+        num_computed: positions whose KV is written by launched steps.
+        num_pending: sampled tokens that are still on the device.
+        slot: row of the group's device-side token table while running, -1 otherwise.
+        table: where the KV lives, None when there is none.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    arrival: float
+    output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    state: RequestState = RequestState.WAITING
+    num_computed: int = 0
+    num_pending: int = 0
+    slot: int = -1
+    table: BlockTable | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose ids the host knows."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all, those still on the device included."""
+        return self.num_known + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def will_sample_no_more(self) -> bool:
+        """All tokens that it may generate are launched: only results are awaited."""
+        return len(self.output_ids) + self.num_pending >= self.max_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    def token_at(self, position: int) -> int:
+        """Token id at a position, or -1 if it is still on the device."""
+        if position < len(self.prompt_ids):
+            return self.prompt_ids[position]
+        index = position - len(self.prompt_ids)
+        return self.output_ids[index] if index < len(self.output_ids) else -1

@@ -1,0 +1,205 @@
+"""Launches steps on the devices and reads their results. Only the engine's one thread calls it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax import Array
+
+from fly_jax.batch import (
+    pack_backbone,
+    pack_sampling,
+    pack_targets,
+    places,
+    sampled_rows,
+)
+from fly_jax.buckets import Buckets
+from fly_jax.device_groups import DeviceMeshes
+from fly_jax.errors import CompileError
+from fly_jax.executables import ExecutableKey, ExecutableTable, ProgramShapes, StepKind
+from fly_jax.group_scheduler import ScheduledRow, StepPlan
+from fly_jax.kv_pool import KVPool
+from fly_jax.layout import DeviceGroup
+from fly_jax.outputs import TokenLogprob
+from fly_jax.sampling_params import MAX_LOGPROBS
+from fly_jax.weights import WeightsManager
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightStep:
+    """A launched step whose results are on their way to the host.
+
+    Attributes:
+        results: int32 bits ``[rows, RESULT_COLUMNS]``, None if no row samples.
+        scores: float32 ``[token places]``, None if no row wants prompt log-probabilities.
+    """
+
+    plan: StepPlan
+    results: Array | None
+    scores: Array | None
+    marker: Array
+
+    @property
+    def ready(self) -> bool:
+        return self.marker.is_ready()
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row of a step produced.
+
+    Attributes:
+        token: the sampled token, None if the row did not sample.
+        scores: prompt log-probabilities of the tokens after the row's positions.
+    """
+
+    row: ScheduledRow
+    token: TokenLogprob | None
+    scores: tuple[float, ...] = ()
+
+
+@dataclass
+class GroupState:
+    """A group's arguments that outlive a step: weights as it sees them, and its slots' latest tokens."""
+
+    decoder: tuple[Array, ...]
+    head: tuple[Array, ...]
+    token_table: Array
+
+
+class ModelRunner:
+    """Turns step plans into launches: pack, upload, backbone, head."""
+
+    def __init__(
+        self,
+        shapes: ProgramShapes,
+        meshes: DeviceMeshes,
+        weights: WeightsManager,
+        pool: KVPool,
+        executables: ExecutableTable,
+    ) -> None:
+        self.shapes, self.meshes = shapes, meshes
+        self.weights, self.pool, self.executables = weights, pool, executables
+        self._groups: dict[DeviceGroup, GroupState] = {}
+        for group in meshes.groups:
+            self._groups[group] = GroupState(weights.decoder(group), weights.head(group), self._token_table(group))
+
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """Starts a step and returns without waiting for it."""
+        state = self._groups[plan.group]
+        key, packed = self._pack(plan)
+        hidden, sample_hidden = self._run_backbone(key, packed)
+        rows = sampled_rows(plan)
+        results = scores = None
+        if rows:
+            bucket = Buckets.pick(self.shapes.buckets.rows, len(rows))
+            sampling = pack_sampling(rows, bucket, pad_slot=self.shapes.slots - 1)
+            results = self._run_head(ExecutableKey(plan.group, StepKind.HEAD, bucket), sample_hidden, sampling)
+            results.copy_to_host_async()
+        if any(row.scores for row in plan.prefills):
+            targets = jax.device_put(pack_targets(plan, key.bucket), self.meshes.replicated(plan.group))
+            score = self.executables[ExecutableKey(plan.group, StepKind.SCORE, key.bucket)]
+            scores = score(state.head, hidden, targets)
+            scores.copy_to_host_async()
+        marker = results if results is not None else scores if scores is not None else sample_hidden
+        return InFlightStep(plan, results, scores, marker)
+
+    def harvest(self, step: InFlightStep) -> list[RowResult]:
+        """Waits for a step and reads what its rows produced.
+
+        Raises:
+            RuntimeError: the device program failed.
+        """
+        step.marker.block_until_ready()
+        tokens = iter(()) if step.results is None else _read_tokens(step.plan, np.asarray(step.results))
+        scores = None if step.scores is None else np.asarray(step.scores)
+        return [
+            RowResult(row, next(tokens) if row.samples else None, _read_scores(row, place, scores))
+            for row, place in zip(step.plan.rows, places(step.plan), strict=True)
+        ]
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """Runs every program once and times it: sets up each group's collectives and the step-time table.
+
+        Pool writes go nowhere, for every position is padding.
+
+        Raises:
+            CompileError: naming the program that failed to run.
+        """
+        total = len(self.executables)
+        for done, key in enumerate(self.executables.programs, start=1):
+            try:
+                self._warm_up(key)
+                started = time.perf_counter()
+                self._warm_up(key)
+                self.executables.step_seconds[key] = time.perf_counter() - started
+            except Exception as error:
+                raise CompileError(f"running {key} failed at warm-up: {type(error).__name__}: {error}") from error
+            progress(done, total)
+
+    def _warm_up(self, key: ExecutableKey) -> None:
+        shapes, group = self.shapes, key.group
+        width = shapes.model.config.hidden_size
+        if key.kind in (StepKind.DECODE, StepKind.MIXED):
+            empty = pack_backbone(StepPlan(group, (), ()), shapes.backbone(key))
+            jax.block_until_ready(self._run_backbone(key, empty))
+        elif key.kind is StepKind.HEAD:
+            hidden = self._zeros(group, (shapes.sample_rows, width))
+            sampling = pack_sampling((), key.bucket, pad_slot=shapes.slots - 1)
+            self._run_head(key, hidden, sampling).block_until_ready()
+        else:
+            targets = jax.device_put(np.zeros(key.bucket, np.int32), self.meshes.replicated(group))
+            hidden = self._zeros(group, (key.bucket, width))
+            self.executables[key](self._groups[group].head, hidden, targets).block_until_ready()
+
+    def _pack(self, plan: StepPlan) -> tuple[ExecutableKey, np.ndarray]:
+        buckets = self.shapes.buckets
+        if plan.prefills:
+            key = ExecutableKey(plan.group, StepKind.MIXED, Buckets.pick(buckets.tokens, plan.num_tiled_tokens))
+        else:
+            key = ExecutableKey(plan.group, StepKind.DECODE, Buckets.pick(buckets.rows, len(plan.decodes)))
+        return key, pack_backbone(plan, self.shapes.backbone(key))
+
+    def _run_backbone(self, key: ExecutableKey, packed: np.ndarray) -> tuple[Array, Array]:
+        state = self._groups[key.group]
+        uploaded = self.meshes.put(key.group, packed)
+        pool, hidden, sample_hidden = self.executables[key](
+            state.decoder, self.pool.take(key.group), state.token_table, uploaded
+        )
+        self.pool.put_back(key.group, pool)
+        return hidden, sample_hidden
+
+    def _run_head(self, key: ExecutableKey, hidden: Array, sampling: np.ndarray) -> Array:
+        state = self._groups[key.group]
+        uploaded = jax.device_put(sampling, self.meshes.replicated(key.group))
+        state.token_table, results = self.executables[key](state.head, hidden, state.token_table, uploaded)
+        return results
+
+    def _token_table(self, group: DeviceGroup) -> Array:
+        zeros = np.zeros(self.shapes.slots, np.int32)
+        return jax.device_put(zeros, self.meshes.replicated(group), may_alias=False)
+
+    def _zeros(self, group: DeviceGroup, shape: tuple[int, ...]) -> Array:
+        return jax.device_put(np.zeros(shape, self.shapes.dtype), self.meshes.replicated(group))
+
+
+def _read_tokens(plan: StepPlan, results: np.ndarray) -> Iterator[TokenLogprob]:
+    """The sampled tokens, in the order of the rows that sample; see :func:`fly_jax.sampling.results`."""
+    ids, floats = results[:, 2 : 2 + MAX_LOGPROBS], results.view(np.float32)
+    for index, row in enumerate(sampled_rows(plan)):
+        count = row.request.params.logprobs or 0
+        values = floats[index, 2 + MAX_LOGPROBS : 2 + MAX_LOGPROBS + count].tolist()
+        top = tuple(zip(ids[index, :count].tolist(), values, strict=True))
+        yield TokenLogprob(int(results[index, 0]), float(floats[index, 1]), top)
+
+
+def _read_scores(row: ScheduledRow, place: int, scores: np.ndarray | None) -> tuple[float, ...]:
+    """Prompt log-probabilities of the tokens that follow the row's positions."""
+    if scores is None or not row.scores:
+        return ()
+    count = min(row.count, len(row.request.prompt_ids) - 1 - row.start)
+    return tuple(scores[place : place + count].tolist())

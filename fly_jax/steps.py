@@ -1,0 +1,164 @@
+"""The device programs of a step: backbone (by tokens), head and score (by rows). Pure functions of arrays.
+
+Each is written for one rank and mapped over a group's mesh. A decoder layer has exactly two all-reduces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from fly_jax.batch import BackboneShape, sampling_layout
+from fly_jax.group_scheduler import TILE_TOKENS
+from fly_jax.kv_pool import POOL_PARTITION
+from fly_jax.models.llama import Decoder, LMHead
+from fly_jax.models.sharding import TP_AXIS, ModelSpec
+from fly_jax.sampling import SamplingRows, results, sample
+from kernels_pallas import KVLayout, paged_attention, write_kv
+
+_REPLICATED = PartitionSpec()
+_BY_RANK = PartitionSpec(TP_AXIS)
+
+
+@dataclass(frozen=True)
+class BackboneInputs:
+    """One rank's step metadata inside a program; see :func:`fly_jax.batch.pack_backbone`."""
+
+    tokens: Array
+    positions: Array
+    context_lengths: Array
+    token_rows: Array
+    row_slots: Array
+    sample_places: Array
+    num_decodes: Array
+    tables: Array
+
+
+class PagedAttend:
+    """The decoder's attention over this rank's pool; ``pool`` is rebound as layers write to it."""
+
+    def __init__(self, spec: ModelSpec, layout: KVLayout, shape: BackboneShape, pool: Array, inputs: BackboneInputs) -> None:
+        self.layout, self.shape, self.pool, self.inputs = layout, shape, pool, inputs
+        self.scale = spec.config.head_dim**-0.5
+        self.windows = spec.config.sliding_windows
+        blocks = inputs.tables[inputs.token_rows, jnp.maximum(inputs.positions, 0) // layout.block_tokens]
+        self.blocks = jnp.where(inputs.positions >= 0, blocks, pool.shape[0])
+        self.offsets = jnp.maximum(inputs.positions, 0) % layout.block_tokens
+
+    def __call__(self, layer: int, query: Array, key: Array, value: Array) -> Array:
+        self.pool = write_kv(self.pool, layer, key, value, self.blocks, self.offsets, self.layout)
+        decoded = self._decode(layer, query)
+        if not self.shape.mixed:
+            return decoded
+        tiled = self._tiles(layer, query)
+        is_decode = jnp.arange(self.shape.tokens) < self.inputs.num_decodes[0]
+        decoded = jnp.pad(decoded, ((0, self.shape.tokens - decoded.shape[0]), (0, 0), (0, 0), (0, 0)))
+        return jnp.where(is_decode[:, None, None, None], decoded, tiled)
+
+    def _decode(self, layer: int, query: Array) -> Array:
+        """Places that are request rows of one token each."""
+        rows = min(self.shape.rows, self.shape.tokens)
+        lengths = (jnp.arange(rows) < self.inputs.num_decodes[0]).astype(jnp.int32)
+        return self._attend(layer, query[:rows, None], self.inputs.tables[:rows], self.inputs.positions[:rows], lengths)[:, 0]
+
+    def _tiles(self, layer: int, query: Array) -> Array:
+        """Places in tiles, each a run of one request's prompt."""
+        tiles = self.shape.tokens // TILE_TOKENS
+        positions = self.inputs.positions.reshape(tiles, TILE_TOKENS)
+        first_place = jnp.arange(tiles) * TILE_TOKENS
+        lengths = jnp.where(first_place >= self.inputs.num_decodes[0], jnp.sum(positions >= 0, axis=1), 0)
+        tables = self.inputs.tables[self.inputs.token_rows[first_place]]
+        tiled = query.reshape(tiles, TILE_TOKENS, *query.shape[1:])
+        return self._attend(layer, tiled, tables, positions[:, 0], lengths).reshape(query.shape)
+
+    def _attend(self, layer: int, query: Array, tables: Array, starts: Array, lengths: Array) -> Array:
+        window = self.windows[layer]
+        return paged_attention(
+            query, self.pool, layer, tables, starts, lengths, self.layout, scale=self.scale, window=window
+        )
+
+
+def backbone(spec: ModelSpec, layout: KVLayout, shape: BackboneShape, mesh: Mesh) -> Callable[..., tuple[Array, ...]]:
+    """``(leaves, pool, token_table, packed) -> (pool, hidden, sample_hidden)``.
+
+    ``pool [ranks * num_blocks, elements]`` is donated; ``token_table [slots]`` holds each slot's latest sampled
+    token; ``hidden [tokens, embed]`` and ``sample_hidden [sample_rows, embed]`` are normalised.
+    """
+
+    def rank_step(leaves: tuple[Array, ...], pool: Array, token_table: Array, packed: Array) -> tuple[Array, ...]:
+        inputs = BackboneInputs(**shape.layout.unpack(packed[0]))
+        from_device = token_table[inputs.row_slots[inputs.token_rows]]
+        tokens = jnp.where(inputs.tokens < 0, from_device, inputs.tokens)
+        attend = PagedAttend(spec, layout, shape, pool, inputs)
+        decoder = cast(Decoder, spec.decoder.merge(leaves))
+        positions = jnp.maximum(inputs.positions, 0)
+        hidden = decoder(tokens, positions, inputs.context_lengths, attend, _reduce(mesh))
+        return attend.pool, hidden, hidden[inputs.sample_places]
+
+    weights = tuple(parameter.partition for parameter in spec.decoder.parameters)
+    return jax.shard_map(
+        rank_step,
+        mesh=mesh,
+        in_specs=(weights, POOL_PARTITION, _REPLICATED, _BY_RANK),
+        out_specs=(POOL_PARTITION, _REPLICATED, _REPLICATED),
+        check_vma=False,
+    )
+
+
+def head(spec: ModelSpec, rows: int, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+    """``(leaves, sample_hidden, token_table, packed) -> (token_table, results)``; samples the first ``rows`` rows."""
+
+    def rank_step(leaves: tuple[Array, ...], hidden: Array, token_table: Array, packed: Array) -> tuple[Array, Array]:
+        columns = sampling_layout(rows).unpack(packed[0])
+        logits = _gather_logits(spec, mesh, leaves, hidden[:rows])
+        tokens = sample(logits, SamplingRows.of(columns))
+        table = token_table.at[columns["slots"]].set(tokens)
+        return table, results(logits, tokens, columns["top_logprobs"])
+
+    weights = tuple(parameter.partition for parameter in spec.head.parameters)
+    return jax.shard_map(
+        rank_step,
+        mesh=mesh,
+        in_specs=(weights, _REPLICATED, _REPLICATED, _REPLICATED),
+        out_specs=(_REPLICATED, _REPLICATED),
+        check_vma=False,
+    )
+
+
+def score(spec: ModelSpec, mesh: Mesh) -> Callable[..., Array]:
+    """``(leaves, hidden [tokens, embed], targets [tokens]) -> log-probabilities float32 [tokens]``."""
+
+    def rank_step(leaves: tuple[Array, ...], hidden: Array, targets: Array) -> Array:
+        def score_tile(tile: tuple[Array, Array]) -> Array:
+            logits = _gather_logits(spec, mesh, leaves, tile[0])
+            chosen = jnp.take_along_axis(logits, tile[1][:, None], axis=-1)[:, 0]
+            return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+        # Tile by tile: the logits of all places at once would take tokens * vocabulary * 4 bytes.
+        tiles = (hidden.reshape(-1, TILE_TOKENS, hidden.shape[-1]), targets.reshape(-1, TILE_TOKENS))
+        return lax.map(score_tile, tiles).reshape(-1)
+
+    weights = tuple(parameter.partition for parameter in spec.head.parameters)
+    return jax.shard_map(
+        rank_step, mesh=mesh, in_specs=(weights, _REPLICATED, _REPLICATED), out_specs=_REPLICATED, check_vma=False
+    )
+
+
+def _reduce(mesh: Mesh) -> Callable[[Array], Array]:
+    if mesh.size == 1:
+        return lambda x: x
+    return lambda x: lax.psum(x, TP_AXIS)
+
+
+def _gather_logits(spec: ModelSpec, mesh: Mesh, leaves: tuple[Array, ...], hidden: Array) -> Array:
+    """Float32 logits over the real vocabulary, the same on every rank: ``[rows, vocab_size]``."""
+    logits = cast(LMHead, spec.head.merge(leaves))(hidden)
+    if mesh.size > 1:
+        logits = lax.all_gather(logits, TP_AXIS, axis=1, tiled=True)
+    return logits[:, : spec.config.vocab_size]
