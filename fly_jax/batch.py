@@ -33,7 +33,9 @@ class PackedLayout:
         for name, shape in self.fields:
             size = math.prod(shape)
             array = arrays[name]
-            out[:, offset : offset + size] = array.reshape(ranks, size) if array.ndim > len(shape) else array.reshape(size)
+            out[:, offset : offset + size] = (
+                array.reshape(ranks, size) if array.ndim > len(shape) else array.reshape(size)
+            )
             offset += size
         return out
 
@@ -175,5 +177,3 @@ def pack_targets(plan: StepPlan, tokens: int) -> np.ndarray:
             follow = row.request.prompt_ids[row.start + 1 : row.start + row.count + 1]
             targets[place : place + len(follow)] = follow
     return targets
-
-

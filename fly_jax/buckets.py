@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from fly_jax.group_scheduler import TILE_TOKENS
 
-# bf16 products of a single row run 13 times slower than of two on CPU, so no bucket is smaller.
-MIN_ROWS = 2
+# Every bucket costs a compile on every group, 1 to 2 s each on one CPU core. Decode steps read all weights whatever
+# the number of rows, so few rows cost no less; a single bf16 row even runs 13 times slower than two on CPU.
+FIRST_ROWS = 8
+FIRST_TOKENS = 8 * TILE_TOKENS
 GROWTH = 4
 
 
@@ -26,8 +28,8 @@ class Buckets:
 
     @classmethod
     def of(cls, max_num_seqs: int, tile_budget: int) -> Buckets:
-        rows = _geometric(MIN_ROWS, max(MIN_ROWS, max_num_seqs))
-        tokens = _geometric(4 * TILE_TOKENS, max(tile_budget, TILE_TOKENS))
+        rows = _geometric(FIRST_ROWS, max(2, max_num_seqs))
+        tokens = _geometric(FIRST_TOKENS, tile_budget)
         return cls(rows, tokens)
 
     @staticmethod

@@ -154,8 +154,6 @@ class Engine:
             raise InvalidRequestError(f"token id {wrong} is outside the vocabulary of {vocabulary}", param="prompt")
         if request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
-        if params.stop and self.model.tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer and this model has none", param="stop")
         self.scheduler.check(len(prompt_ids))
         room = self.scheduler.max_model_len - len(prompt_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)

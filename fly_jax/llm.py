@@ -76,7 +76,7 @@ class LLM:
         return self._run(pending, each)
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced log-probabilities: float32 ``[len(token_ids) - 1]``, entry i for token i + 1 given those before."""
+        """Teacher-forced log-probabilities, float32 ``[len(token_ids) - 1]``: entry i is token i + 1's."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
         (output,) = self._run([_Pending(tuple(token_ids), None)], [params], show=False)
         assert output.prompt_logprobs is not None
@@ -153,7 +153,8 @@ class _Pending:
         self._last = delta
 
     def output(self, request_id: str) -> RequestOutput:
-        assert self._last is not None and self._last.finish_reason is not None
+        assert self._last is not None
+        assert self._last.finish_reason is not None
         if self._last.error is not None:
             raise InvalidRequestError(self._last.error)
         return RequestOutput(

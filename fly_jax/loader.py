@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class LoadedModel:
 
     config: EngineConfig
     model_config: ModelConfig
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     base_tp: int
     kv_spec: KVCacheSpec
@@ -70,12 +70,12 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     Raises:
         ConfigError, LayoutError, CheckpointError, ModelTooLargeError, CompileError: one line that says what to do.
     """
-    report = progress or (lambda phase, done, total: None)
+    report = progress or _report_nothing
     folder = _model_folder(config.model)
     model_config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer(folder)
     devices = _devices(config)
-    dtype = _dtype(config, model_config)
+    dtype = jnp.dtype(model_config.serving_dtype(config.dtype))
     max_tp = _max_tp(folder, len(devices))
     spec = model_spec(model_config, max_tp, dtype)
     memory = _device_memory(config, devices)
@@ -96,6 +96,10 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         config, model_config, tokenizer, _eos_token_ids(folder), base_tp, kv_spec, limits, max_model_len,
         layout, meshes.groups, runner, compiles,
     )  # fmt: skip
+
+
+def _report_nothing(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def enable_compilation_cache() -> None:
@@ -125,7 +129,7 @@ def _compile_and_warm_up(
 
 def _load_host(
     folder: Path, spec: ModelSpec, dtype: jnp.dtype, base_tp: int, report: Progress
-) -> list[dict[str, np.ndarray]]:
+) -> list[Mapping[str, np.ndarray]]:
     def load(shard: int) -> dict[str, np.ndarray]:
         return load_weights(
             folder, spec, dtype, base_shard=(shard, base_tp),
@@ -137,7 +141,9 @@ def _load_host(
 
 def _model_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise CheckpointError(f"model folder {path} does not exist: give a Hugging Face folder or one made by fly-jax convert")
+        raise CheckpointError(
+            f"model folder {path} does not exist: give a Hugging Face folder or one made by fly-jax convert"
+        )
     return path
 
 
@@ -147,11 +153,6 @@ def _devices(config: EngineConfig) -> list[jax.Device]:
     if count > len(present):
         raise ConfigError(f"{count} devices asked for but {len(present)} are present: lower --devices")
     return present[:count]
-
-
-def _dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
-    name = model.dtype if config.dtype == "auto" else config.dtype
-    return jnp.dtype("bfloat16" if name == "float16" else name)
 
 
 def _max_tp(folder: Path, num_devices: int) -> int:
@@ -225,7 +226,7 @@ def _kv_spec(
         num_blocks = free // one.block_bytes
     if num_blocks * one.block_bytes > free or num_blocks < 1:
         raise ModelTooLargeError(
-            f"{num_blocks} KV blocks of {one.block_bytes:,} bytes do not fit the {max(0, free):,} bytes that the weights "
+            f"{num_blocks} KV blocks of {one.block_bytes:,} bytes do not fit the {max(0, free):,} that the weights "
             f"leave of a device's {memory:,}: use more memory, a higher TP or fewer blocks"
         )
     return KVCacheSpec(num_blocks, config.block_size, model.num_layers, part.kv_heads, model.head_dim, itemsize)

@@ -46,7 +46,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(slots=True)
 class _Stream:
-    text: TextStream | None
+    text: TextStream
     stops: StopMatcher
     sent_prompt_logprobs: bool = False
 
@@ -55,18 +55,17 @@ class OutputProcessor:
     """Text state of every live request.
 
     Args:
-        tokenizer: None serves token ids only; no text, and no stop strings.
         eos_token_ids: the model's own end-of-sequence tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self._streams: dict[str, _Stream] = {}
 
     def add(self, request: Request) -> None:
         params = request.params
-        text = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
+        text = self.tokenizer.stream(params.skip_special_tokens)
         self._streams[request.request_id] = _Stream(text, StopMatcher(params.stop))
 
     def discard(self, request: Request) -> None:
@@ -76,9 +75,8 @@ class OutputProcessor:
         """Takes one sampled token (already in ``request.output_ids``) and says what it adds and whether it ends."""
         stream = self._streams[request.request_id]
         reason, stop_reason = self._stop_by_token(request, sampled.token_id)
-        is_hidden_stop = reason is FinishReason.STOP
         text, stop_string = "", None
-        if stream.text is not None and not is_hidden_stop:
+        if reason is None:
             text = stream.text.push(sampled.token_id)
             if len(request.output_ids) >= request.params.min_tokens:
                 text, stop_string = stream.stops.push(text)
@@ -86,7 +84,7 @@ class OutputProcessor:
                 reason, stop_reason = FinishReason.STOP, stop_string
         if reason is None and len(request.output_ids) >= request.max_tokens:
             reason = FinishReason.LENGTH
-        if reason is not None and stop_string is None and stream.text is not None:
+        if reason is not None and stop_string is None:
             text += self._flush(stream)
         return RequestDelta(
             request.request_id,
@@ -100,7 +98,7 @@ class OutputProcessor:
             num_output_tokens=len(request.output_ids),
         )
 
-    def _stop_by_token(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+    def _stop_by_token(self, request: Request, token: int) -> tuple[FinishReason | None, str | int | None]:
         params = request.params
         if len(request.output_ids) < params.min_tokens:
             return None, None
@@ -112,7 +110,6 @@ class OutputProcessor:
 
     @staticmethod
     def _flush(stream: _Stream) -> str:
-        assert stream.text is not None
         text, stop = stream.stops.push(stream.text.flush())
         return text if stop is not None else text + stream.stops.flush()
 

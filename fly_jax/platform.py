@@ -61,7 +61,7 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "fly_jax"
 
 
-def api_key(name: str) -> str | None:
+def secret(name: str) -> str | None:
     """A secret from the environment: FLY_JAX_API_KEY or FLY_JAX_ADMIN_KEY."""
     return os.environ.get(name) or None
 

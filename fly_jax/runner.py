@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ class InFlightStep:
 
     @property
     def ready(self) -> bool:
-        return self.marker.is_ready()
+        return bool(cast(Any, self.marker).is_ready())
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,9 @@ class SamplingParams:
         self._require("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}")
         self._require("min_tokens", self.min_tokens >= 0, "at least 0")
         self._require(
-            "min_tokens", self.max_tokens is None or self.min_tokens <= self.max_tokens, f"at most max_tokens {self.max_tokens}"
+            "min_tokens",
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"at most max_tokens {self.max_tokens}",
         )
         self._require(
             "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"

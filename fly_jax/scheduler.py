@@ -59,7 +59,9 @@ class Scheduler:
                 param="prompt",
             )
         if len(self.waiting) >= self.max_queued:
-            raise QueueFullError(f"{len(self.waiting)} requests are waiting and at most {self.max_queued} may: try later")
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting and at most {self.max_queued} may: try later"
+            )
 
     def add(self, request: Request) -> None:
         """Queues a request that :meth:`check` has let through."""
@@ -139,15 +141,14 @@ class Scheduler:
 
     def complete_switch(self) -> None:
         """Takes the target as the layout; the dissolving groups must be drained."""
-        assert self.target is not None and self.drained
+        assert self.target is not None
+        assert self.drained
         self.layout, self.target = self.target, None
         self._set_groups(self.layout)
 
     def _set_groups(self, layout: Layout) -> None:
         kept = self.groups
-        self.groups = {
-            group: kept.get(group) or GroupScheduler(group, self.limits, self.kv) for group in layout.groups
-        }
+        self.groups = {group: kept.get(group) or GroupScheduler(group, self.limits, self.kv) for group in layout.groups}
 
     def _group_of(self, request: Request) -> GroupScheduler:
         assert request.table is not None

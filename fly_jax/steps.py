@@ -43,7 +43,9 @@ class BackboneInputs:
 class PagedAttend:
     """The decoder's attention over this rank's pool; ``pool`` is rebound as layers write to it."""
 
-    def __init__(self, spec: ModelSpec, layout: KVLayout, shape: BackboneShape, pool: Array, inputs: BackboneInputs) -> None:
+    def __init__(
+        self, spec: ModelSpec, layout: KVLayout, shape: BackboneShape, pool: Array, inputs: BackboneInputs
+    ) -> None:
         self.layout, self.shape, self.pool, self.inputs = layout, shape, pool, inputs
         self.scale = spec.config.head_dim**-0.5
         self.windows = spec.config.sliding_windows
@@ -65,7 +67,9 @@ class PagedAttend:
         """Places that are request rows of one token each."""
         rows = min(self.shape.rows, self.shape.tokens)
         lengths = (jnp.arange(rows) < self.inputs.num_decodes[0]).astype(jnp.int32)
-        return self._attend(layer, query[:rows, None], self.inputs.tables[:rows], self.inputs.positions[:rows], lengths)[:, 0]
+        return self._attend(
+            layer, query[:rows, None], self.inputs.tables[:rows], self.inputs.positions[:rows], lengths
+        )[:, 0]
 
     def _tiles(self, layer: int, query: Array) -> Array:
         """Places in tiles, each a run of one request's prompt."""

@@ -29,7 +29,9 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise CheckpointError(f"{path} is missing: fly-jax needs the fast tokenizer's file; fetch it with the model")
+            raise CheckpointError(
+                f"{path} is missing: fly-jax needs the fast tokenizer's file; fetch it with the model"
+            )
         try:
             self._tokenizer = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ class RowRange:
         self.base, self.start, self.stop = base, start, stop
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        kind, index = self.base.__dlpack_device__()
+        kind, index = cast(Any, self.base).__dlpack_device__()
         return int(kind), int(index)
 
     def __dlpack__(self, **_: object) -> object:
@@ -63,7 +64,8 @@ class RowRange:
         size = ctypes.sizeof(_ManagedTensor)
         address = _libc.malloc(size + 8 * len(shape))
         dims = (ctypes.c_int64 * len(shape)).from_address(address + size)
-        dims[:] = shape
+        for axis, length in enumerate(shape):
+            dims[axis] = length
         managed = _ManagedTensor.from_address(address)
         dtype = _DType(_DLPACK_CODES[base.dtype.name], 8 * base.dtype.itemsize, 1)
         data = base.unsafe_buffer_pointer() + offset

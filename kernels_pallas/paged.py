@@ -117,12 +117,16 @@ def paged_attention(
         update = jnp.einsum("rhgqt,rhtd->rhgqd", weights, value, preferred_element_type=jnp.float32)
         return total * decay[..., None] + update, top, mass * decay + weights.sum(axis=-1)
 
-    first = 0
+    first = jnp.int32(0)
     if window is not None:
         first = jnp.min(jnp.where(lengths > 0, jnp.maximum(starts - window + 1, 0), jnp.iinfo(jnp.int32).max)) // chunk
     last = (jnp.max(ends) + chunk - 1) // chunk
     shape = (runs, heads, group, queries)
-    empty = (jnp.zeros((*shape, dim), jnp.float32), jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32))
+    empty = (
+        jnp.zeros((*shape, dim), jnp.float32),
+        jnp.full(shape, _MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
     total, _, mass = lax.fori_loop(first, last, step, empty)
     result = total / jnp.maximum(mass, 1e-30)[..., None]
     return jnp.moveaxis(result, 3, 1).astype(query.dtype)

@@ -92,6 +92,11 @@ class ModelConfig:
     rope: RopeConfig
     dtype: str
 
+    def serving_dtype(self, asked: str) -> str:
+        """``float32`` or ``bfloat16``: what is asked for, or with ``auto`` the checkpoint's (bfloat16 for float16)."""
+        name = self.dtype if asked == "auto" else asked
+        return "bfloat16" if name == "float16" else name
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Reads ``folder/config.json``.
@@ -172,7 +177,9 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             if value not in _NEUTRAL[name]:
                 raise ConfigError(f"config field {name}={value!r} is not supported; it must be {_NEUTRAL[name][-1]!r}")
         elif value is not None:
-            raise ConfigError(f"config field {name}={value!r} is not known, and is not guessed: remove it if it has no effect")
+            raise ConfigError(
+                f"config field {name}={value!r} is not known, and is not guessed: remove it if it has no effect"
+            )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"config field hidden_act={raw['hidden_act']!r} is not supported; it must be 'silu'")
 
@@ -212,5 +219,7 @@ def _sliding_windows(raw: Mapping[str, Any], family: str) -> tuple[int | None, .
 def _dtype(raw: Mapping[str, Any]) -> str:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"config field torch_dtype={name!r} is not supported; it must be float32, bfloat16 or float16")
+        raise ConfigError(
+            f"config field torch_dtype={name!r} is not supported; it must be float32, bfloat16 or float16"
+        )
     return name

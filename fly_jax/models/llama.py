@@ -31,7 +31,7 @@ class Attend(Protocol):
     """Writes a layer's keys and values and attends over everything written so far."""
 
     def __call__(self, layer: int, query: Array, key: Array, value: Array) -> Array:
-        """``query [tokens, kv_heads, queries, head_dim]``, ``key``/``value [tokens, kv_heads, head_dim]`` -> like query."""
+        """``query [tokens, kv_heads, group, head_dim]``, ``key``/``value [tokens, kv_heads, head_dim]`` -> as query."""
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: jnp.dtype) -> nnx.Param:

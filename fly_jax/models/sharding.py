@@ -104,4 +104,3 @@ def _module_spec(module: nnx.Module, prefix: str) -> ModuleSpec:
         name = prefix + ".".join(str(part) for part in path)
         parameters.append(ParameterSpec(name, shape.shape, shape.dtype, partition, buffer=name))
     return ModuleSpec(graph, treedef, tuple(parameters))
-

@@ -1,0 +1,68 @@
+# make serve   a server with the bundled demo model at 127.0.0.1:8000
+# make test    everything that CI tests
+# make demo    a burst of requests while the layout changes
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+MODEL ?= checkpoints/demo/model
+DEVICES ?= 4
+PYTEST_WORKERS ?= 2
+NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
+
+BIN := $(VENV)/bin
+
+.PHONY: help serve demo test test-slow lint format parity golden check-h200 train-demo clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(BIN)/fly-jax: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fly-jax needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/fly-jax
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+serve: $(BIN)/fly-jax
+	$(BIN)/fly-jax serve $(MODEL) --devices $(DEVICES) --port $(PORT) --served-model-name $(NAME)
+
+demo: $(BIN)/fly-jax
+	$(BIN)/fly-jax demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow and not gpu and not h200 and not parity"
+
+# make test-slow    what takes longer than CI allows
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+# make lint    ruff and mypy
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# make parity    live comparison with transformers (installs torch)
+parity: $(VENV)/.dev
+	$(BIN)/python -c 'import torch, transformers' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch>=2.6' 'transformers>=4.57'
+	$(BIN)/python -m pytest -m parity
+
+# make check-h200    compiles the steps for a node of H200s; needs the CUDA plugin, no GPU
+check-h200: $(VENV)/.dev
+	$(BIN)/python -c 'import jax_cuda12_plugin' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[cuda12]'
+	$(BIN)/python -m pytest -m h200
+
+# make train-demo    trains the bundled model again (under an hour on two cores)
+train-demo: $(VENV)/.dev
+	$(BIN)/python -m checkpoints.demo.train --out build/demo
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

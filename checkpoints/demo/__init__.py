@@ -1,0 +1,1 @@
+"""The bundled demo model: its text generators, tokenizer, training and evaluation."""

@@ -1,0 +1,7 @@
+"""``python -m fly_jax`` is the ``fly-jax`` command."""
+
+import sys
+
+from fly_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,42 @@
+"""Puts the application together: routes, middleware, error handlers, shared state."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+
+from fly_jax import __version__
+from serving import admin, chat, completions, info, tokenization
+from serving.engine_client import EngineClient
+from serving.errors import install_error_handlers
+from serving.metrics import ServerMetrics
+from serving.middleware import CountInFlight, ErrorBoundary, InFlight, LimitBody, RequestId, RequireApiKey
+from serving.options import ServerOptions
+from serving.state import ServerState
+
+
+def create_app(engine: EngineClient, options: ServerOptions | None = None) -> FastAPI:
+    """An application that serves one engine; it neither starts the engine nor shuts it down."""
+    options = options or ServerOptions()
+    in_flight = InFlight()
+    metrics = ServerMetrics(options.served_model_name or engine.model_name)
+    # The documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json. A redirect would be
+    # written from the Host header, which is the client's.
+    app = FastAPI(title="fly-jax", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.server = ServerState(engine, options, metrics, in_flight, started=int(time.time()))
+    for module in (completions, chat, info, tokenization, admin):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    _add_middleware(app, options, in_flight)
+    return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight) -> None:
+    """Innermost first: a body is read only for those who may send one, and every error carries its request's id."""
+    app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
+    if options.api_key is not None:
+        app.add_middleware(RequireApiKey, api_key=options.api_key)
+    app.add_middleware(CountInFlight, in_flight=in_flight)
+    app.add_middleware(ErrorBoundary)
+    app.add_middleware(RequestId)

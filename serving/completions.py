@@ -1,0 +1,123 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fly_jax.outputs import RequestDelta
+from serving.answer import answer, make_job
+from serving.engine_client import TokenizerClient
+from serving.generation import Job, Outcome, SubRequest
+from serving.logprobs import CompletionLogprobWriter, finite, token_text
+from serving.prompts import encode_prompts
+from serving.protocol import CompletionRequest
+from serving.responses import Completion, CompletionChoice, Usage
+from serving.state import state_of
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=Completion)
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    arrival = time.monotonic()
+    state = state_of(request)
+    state.check_model(body.model)
+    params = body.sampling_params()
+    add_special_tokens = body.add_special_tokens is not False
+    prompts = await encode_prompts(state.engine, body.prompts, add_special_tokens=add_special_tokens)
+    job = make_job(request, body, prompts, params, prefix="cmpl", arrival=arrival, discard_output=body.only_prompt)
+    return await answer(request, job, CompletionFormatter(job, body, state.engine.tokenizer))
+
+
+class ChoiceWriter:
+    """One choice's text and log-probabilities, with the prompt in front when it is echoed."""
+
+    def __init__(self, sub: SubRequest, body: CompletionRequest, tokenizer: TokenizerClient) -> None:
+        self._sub = sub
+        self._tokenizer = tokenizer
+        self._owes_echo = bool(body.echo)
+        self._logprobs = None if body.logprobs is None else CompletionLogprobWriter(tokenizer, body.logprobs)
+
+    @property
+    def owes_echo(self) -> bool:
+        return self._owes_echo
+
+    def choice(self, part: RequestDelta | Outcome) -> CompletionChoice:
+        """A part of the choice, or all of it: deltas and outcomes have the same fields."""
+        text = part.text
+        if self._owes_echo:
+            text = self._echo(part) + text
+            self._owes_echo = False
+        if self._logprobs is not None:
+            self._logprobs.add(part.logprobs)
+        return CompletionChoice(
+            index=self._sub.index,
+            text=text,
+            logprobs=None if self._logprobs is None else self._logprobs.take(),
+            finish_reason=part.finish_reason and part.finish_reason.value,
+            stop_reason=part.stop_reason,
+        )
+
+    def _echo(self, part: RequestDelta | Outcome) -> str:
+        prompt = self._sub.prompt
+        if self._logprobs is not None and part.prompt_logprobs is not None:
+            self._logprobs.add_prompt(prompt.token_ids, part.prompt_logprobs)
+        if prompt.text is not None:
+            return prompt.text
+        skip = self._sub.params.skip_special_tokens
+        return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
+
+
+class CompletionFormatter:
+    def __init__(self, job: Job, body: CompletionRequest, tokenizer: TokenizerClient) -> None:
+        self._job = job
+        self._body = body
+        self._tokenizer = tokenizer
+        self._writers = [ChoiceWriter(sub, body, tokenizer) for sub in job.subs]
+
+    def opening(self) -> Sequence[Completion]:
+        return ()
+
+    def chunk(self, index: int, delta: RequestDelta) -> Completion | None:
+        writer = self._writers[index]
+        has_logprobs = self._body.logprobs is not None and delta.logprobs
+        if not (delta.text or has_logprobs or delta.finish_reason or writer.owes_echo):
+            return None
+        return self._completion([writer.choice(delta)])
+
+    def usage_chunk(self, usage: Usage) -> Completion:
+        return self._completion([], usage)
+
+    def whole(self, outcomes: Sequence[Outcome], usage: Usage) -> Completion:
+        choices = [writer.choice(outcome) for writer, outcome in zip(self._writers, outcomes, strict=True)]
+        if self._body.prompt_logprobs is not None:
+            for choice, sub, outcome in zip(choices, self._job.subs, outcomes, strict=True):
+                choice.prompt_logprobs = self._prompt_logprobs(sub, outcome)
+        return self._completion(choices, usage)
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        job = self._job
+        completion = Completion(
+            id=job.id, object="text_completion", created=job.created, model=job.model, choices=choices
+        )
+        if usage is not None:
+            completion.usage = usage
+        return completion
+
+    def _prompt_logprobs(self, sub: SubRequest, outcome: Outcome) -> list[dict[str, object] | None]:
+        """vLLM's shape: null for the first token, then a map from the token's id."""
+        later = zip(sub.prompt.token_ids[1:], outcome.prompt_logprobs or (), strict=True)
+        return [None] + [
+            {
+                str(token): {
+                    "logprob": finite(logprob),
+                    "rank": None,
+                    "decoded_token": token_text(self._tokenizer, token),
+                }
+            }
+            for token, logprob in later
+        ]

@@ -1,0 +1,106 @@
+"""What the server needs from an engine, and nothing more.
+
+``fly_jax.AsyncEngine`` satisfies these protocols; so does the scripted engine of the tests. Everything is read-only
+and positional where the name of an argument is nobody's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
+from fly_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from fly_jax.async_engine import AsyncEngine
+
+
+class TokenizerClient(Protocol):
+    """Text to token ids and back. Called from several threads at once."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def encode(self, text: str, /, add_special_tokens: bool = True) -> Sequence[int]: ...
+
+    def decode(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str: ...
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt's text, special tokens written out: encode it without adding them again.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages.
+        """
+        ...
+
+
+class EngineClient(Protocol):
+    """An engine as the server sees it. All methods are called on the server's event loop."""
+
+    @property
+    def tokenizer(self) -> TokenizerClient: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def max_num_queued_reqs(self) -> int: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def layout(self) -> str: ...
+
+    def generate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestDelta]:
+        """An async generator of what each step adds; closing it aborts the request.
+
+        A request that fails inside the engine ends with a delta whose finish reason is ERROR.
+
+        Raises:
+            ContextLengthError, InvalidRequestError, QueueFullError, EngineDeadError: at the first step of the
+                iteration, before anything is yielded.
+        """
+        ...
+
+    async def abort(self, request_id: str, /) -> None: ...
+
+    async def switch(self, layout: str, /) -> SwitchReport:
+        """Changes the layout while requests run.
+
+        Raises:
+            LayoutError: the layout is malformed or does not fit the devices.
+        """
+        ...
+
+    def stats(self) -> EngineStats | Awaitable[EngineStats]:
+        """The counters; awaitable where they live on another thread."""
+        ...
+
+    async def shutdown(self) -> None: ...
+
+
+async def read_stats(engine: EngineClient) -> EngineStats:
+    """The engine's counters, whichever way it has them.
+
+    Raises:
+        EngineDeadError: they died with the engine.
+    """
+    stats = engine.stats()
+    return stats if isinstance(stats, EngineStats) else await stats
+
+
+def _is_satisfied_by(engine: AsyncEngine) -> EngineClient:
+    """For the type checker: the engine and this page cannot drift apart unseen."""
+    return engine

@@ -1,0 +1,64 @@
+"""What a client, a probe or a scraper asks about the server: models, health, version, load, metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fly_jax import __version__
+from fly_jax.errors import EngineDeadError
+from serving.engine_client import read_stats
+from serving.responses import ModelCard, ModelList
+from serving.state import ServerState, state_of
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    return Response(status_code=200 if state_of(request).engine.is_alive else 503)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    return {"server_load": state_of(request).in_flight.count}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    state = state_of(request)
+    try:
+        stats = await read_stats(state.engine)
+    except EngineDeadError:
+        # The latencies measured so far stay readable; /health says that the engine is gone.
+        stats = None
+    return Response(state.metrics.render(stats), headers={"Content-Type": state.metrics.content_type})
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    return ModelList(object="list", data=[_card(state_of(request))])
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(name: str, request: Request) -> ModelCard:
+    """Names may hold slashes, as those of the Hugging Face hub do."""
+    state = state_of(request)
+    state.check_model(name)
+    return _card(state)
+
+
+def _card(state: ServerState) -> ModelCard:
+    return ModelCard(
+        id=state.model_name,
+        object="model",
+        created=state.started,
+        owned_by="fly-jax",
+        root=state.engine.model_name,
+        max_model_len=state.engine.max_model_len,
+    )

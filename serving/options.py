@@ -1,0 +1,44 @@
+"""Options of the HTTP server, with vLLM's names where the thing is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fly_jax.errors import ConfigError
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How the server listens, whom it lets in and how it ends.
+
+    Attributes:
+        host: address to bind; loopback by default, so that nothing is exposed by accident.
+        port: 0 takes any free port.
+        api_key: when set, everything but health, version, load, metrics and layout asks for it.
+        admin_key: when set, changing the layout asks for it; when not, only direct loopback peers may.
+        served_model_name: name of the model in requests and answers; None: the engine's own.
+        shutdown_timeout: seconds that open requests get to end after a stop signal.
+        max_body_bytes: a longer request body is refused with 413.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    served_model_name: str | None = None
+    shutdown_timeout: int = 10
+    max_body_bytes: int = 16 * MIB
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
+        if self.shutdown_timeout < 0:
+            raise ConfigError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}")
+        if self.max_body_bytes < 1:
+            raise ConfigError(f"max_body_bytes must be at least 1, got {self.max_body_bytes}")
+        for name in ("api_key", "admin_key"):
+            # An empty key would look like protection and let in everyone who sends an empty header.
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must not be empty: leave it out or give a key")

@@ -1,0 +1,177 @@
+"""From options to a listening server and back: bind, serve, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+
+from fly_jax.errors import ConfigError
+from serving.app import create_app
+from serving.engine_client import EngineClient
+from serving.options import ServerOptions
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# For requests that were cut off at the end of the shutdown time, to say so to their clients.
+LAST_WORDS_SECONDS = 1.0
+
+
+class HttpServer(uvicorn.Server):
+    """Uvicorn, with signals that end in a return instead of a re-raised signal: the engine is shut down after it."""
+
+    def __init__(
+        self, config: uvicorn.Config, address: tuple[str, int], on_ready: Callable[[HttpServer], None] | None
+    ) -> None:
+        super().__init__(config)
+        self.host, self.port = address
+        self._on_ready = on_ready
+
+    @property
+    def url(self) -> str:
+        """A URL that works on this machine, also when the server listens on all addresses."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def request_stop(self) -> None:
+        """Stops accepting and lets open requests end; may be called from any thread."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            # Two processes may both have bound the port before either listened.
+            raise _cannot_listen(self.host, self.port, error) from error
+        if self._on_ready is not None:
+            self._on_ready(self)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks), timeout=LAST_WORDS_SECONDS)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for an orderly end, the second for an immediate one."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the port before anything slow is done; connections are refused until the server is ready.
+
+    Raises:
+        ConfigError: the address is unknown, not allowed or in use.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        sock = socket.socket(family, kind)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+    try:
+        # Lets a restarted server have its port back while old connections linger in TIME_WAIT.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(host, port, error) from error
+    return sock
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
+    if isinstance(error, UnicodeError):
+        return ConfigError(f"{host!a} is not a host name; check --host")
+    match error.errno:
+        case errno.EADDRINUSE:
+            return ConfigError(
+                f"port {port} on {host} is already in use: stop what listens there or choose another --port"
+            )
+        case errno.EACCES:
+            return ConfigError(f"not allowed to listen on port {port}: choose a --port above 1023")
+    return ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}; check --host")
+
+
+async def serve(
+    engine: EngineClient,
+    options: ServerOptions,
+    sock: socket.socket,
+    *,
+    on_ready: Callable[[HttpServer], None] | None = None,
+) -> None:
+    """Serves the engine on a bound socket until a stop is asked for; the engine is the caller's to shut down.
+
+    Raises:
+        ConfigError: the port was taken between binding and listening.
+    """
+    config = uvicorn.Config(
+        create_app(engine, options),
+        # h11 bounds the size of headers.
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Uvicorn would believe X-Forwarded-For from loopback peers, and the admin guard needs the real peer.
+        proxy_headers=False,
+        timeout_graceful_shutdown=options.shutdown_timeout,
+    )
+    port = sock.getsockname()[1]
+    await HttpServer(config, (options.host, port), on_ready).serve(sockets=[sock])
+
+
+def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> None:
+    """Binds the port, starts the engine, serves until SIGINT or SIGTERM, then shuts the engine down.
+
+    ``start_engine`` is called before there is an event loop, so that loading can be interrupted.
+
+    Raises:
+        ConfigError: the port cannot be had; raised before the engine is started.
+        Whatever ``start_engine`` raises.
+    """
+    sock = bind(options.host, options.port)
+    try:
+        engine = start_engine()
+        asyncio.run(_serve_and_shut_down(engine, options, sock))
+    finally:
+        sock.close()
+
+
+async def _serve_and_shut_down(engine: EngineClient, options: ServerOptions, sock: socket.socket) -> None:
+    def announce(server: HttpServer) -> None:
+        print(ready_line(server.url, options.served_model_name or engine.model_name, options), flush=True)
+
+    try:
+        await serve(engine, options, sock, on_ready=announce)
+    finally:
+        await engine.shutdown()
+
+
+def ready_line(url: str, model_name: str, options: ServerOptions) -> str:
+    """One line to paste; a key is named, never shown."""
+    body = json.dumps({"model": model_name, "prompt": "Once upon a time", "max_tokens": 32})
+    key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key is not None else ""
+    json_header = "-H 'Content-Type: application/json'"
+    return f"ready: curl {url}/v1/completions {json_header}{key} -d {shlex.quote(body)}"

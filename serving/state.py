@@ -1,0 +1,43 @@
+"""What all routes of one application share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from serving.engine_client import EngineClient
+from serving.errors import ApiError
+from serving.metrics import ServerMetrics
+from serving.middleware import InFlight
+from serving.options import ServerOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """One application's engine and its surroundings; ``started`` is in seconds since the epoch."""
+
+    engine: EngineClient
+    options: ServerOptions
+    metrics: ServerMetrics
+    in_flight: InFlight
+    started: int
+
+    @property
+    def model_name(self) -> str:
+        return self.options.served_model_name or self.engine.model_name
+
+    def check_model(self, name: str | None) -> None:
+        """Without a name a request means the one model there is.
+
+        Raises:
+            ApiError: 404, another model is asked for.
+        """
+        if name is not None and name != self.model_name:
+            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state

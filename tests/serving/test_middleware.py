@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from serving import ServerOptions
+
+Client = Callable[..., httpx.AsyncClient]
+KEYED = ServerOptions(api_key="key")
+
+
+def ask(
+    in_process: Client, method: str, path: str, headers: dict[str, str], options: ServerOptions | None = None
+) -> httpx.Response:
+    async def send() -> httpx.Response:
+        async with in_process(options=options) as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/models"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"),
+     ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/v1/../v1/models"), ("GET", "/nothing")],
+)  # fmt: skip
+@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", "Bearer key2", "Basic key", "key"])
+def test_everything_but_the_probes_asks_for_the_key(in_process: Client, method: str, path: str, given: str) -> None:
+    answer = ask(in_process, method, path, {"Authorization": given}, KEYED)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/load", "/metrics", "/layout"])
+def test_probes_need_no_key(in_process: Client, path: str) -> None:
+    assert ask(in_process, "GET", path, {}, KEYED).status_code == 200
+
+
+@pytest.mark.parametrize("given", ["Bearer key", "bearer key", "Bearer  key "])
+def test_the_key_opens(in_process: Client, given: str) -> None:
+    assert ask(in_process, "GET", "/v1/models", {"Authorization": given}, KEYED).status_code == 200
+
+
+def test_a_plain_request_id_comes_back(in_process: Client) -> None:
+    assert ask(in_process, "GET", "/health", {"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "a/b"])
+def test_any_other_is_replaced(in_process: Client, given: str) -> None:
+    found = ask(in_process, "GET", "/health", {"X-Request-Id": given}).headers["x-request-id"]
+    assert found != given
+    assert len(found) == 32
+
+
+def test_the_headers_id_names_the_answer(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "hi"}, headers={"X-Request-Id": "from-header"})
+    assert answer.json()["id"] == "cmpl-from-header"
+
+
+def test_keys_do_not_show_in_the_options() -> None:
+    assert "secret" not in repr(ServerOptions(api_key="secret-1", admin_key="secret-2"))
