@@ -11,7 +11,7 @@ NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve demo test test-slow lint format parity golden check-h200 train-demo clean
+.PHONY: help serve demo test stress lint format parity golden check-h200 train-demo clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -34,11 +34,11 @@ demo: $(BIN)/fly-jax
 	$(BIN)/fly-jax demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow and not gpu and not h200 and not parity"
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not stress and not gpu and not h200 and not parity"
 
-# make test-slow    what takes longer than CI allows
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+# make stress    what takes longer than CI allows
+stress: $(VENV)/.dev
+	$(BIN)/python -m pytest -m stress
 
 # make lint    ruff and mypy
 lint: $(VENV)/.dev

@@ -44,11 +44,13 @@ class PreparedInfo:
         max_tp: the widest degree that the buffers can be viewed at; make the model's spec with it.
         dtype: ``float32`` or ``bfloat16``; config.json keeps naming the original checkpoint's.
         shapes: of every buffer, by name.
+        files: bytes of every file of the Orbax checkpoint, by its path in the folder.
     """
 
     max_tp: int
     dtype: str
     shapes: dict[str, tuple[int, ...]]
+    files: dict[str, int]
 
 
 def convert(
@@ -73,7 +75,8 @@ def convert(
         for file in _COPIED_FILES:
             if (hf_folder / file).is_file():
                 shutil.copyfile(hf_folder / file, temporary / file)
-        _write_info(temporary, PreparedInfo(max_tp, dtype.name, {key: array.shape for key, array in arrays.items()}))
+        shapes = {key: array.shape for key, array in arrays.items()}
+        _write_info(temporary, PreparedInfo(max_tp, dtype.name, shapes, _weight_files(temporary)))
 
 
 def prepared_info(folder: Path) -> PreparedInfo | None:
@@ -106,6 +109,7 @@ def restore(
         raise CheckpointError(f"{folder / INFO_FILE} is missing: give a folder made by fly-jax convert")
     if info.max_tp != max_tp:
         raise CheckpointError(f"{folder} is prepared for max_tp {info.max_tp}, asked for {max_tp}: run fly-jax convert")
+    _check_files(folder, info)
     _check_shapes(folder, info, spec)
     arrays = allocate(spec, base_shard)
     targets = {
@@ -125,6 +129,24 @@ def _check_arguments(hf_folder: Path, out_folder: Path, max_tp: int, dtype: str)
         raise CheckpointError(f"{hf_folder} is prepared already: give the Hugging Face folder that it came from")
     if out_folder.exists() and (not out_folder.is_dir() or any(out_folder.iterdir())):
         raise CheckpointError(f"{out_folder} is not an empty folder: give a new one")
+
+
+def _check_files(folder: Path, info: PreparedInfo) -> None:
+    """Finds truncated files up front: Orbax would report them late, and from several threads at once."""
+    actual = _weight_files(folder)
+    for file, size in info.files.items():
+        if file not in actual:
+            raise CheckpointError(f"{folder / file} is missing: copy it again or run fly-jax convert again")
+        if actual[file] != size:
+            raise CheckpointError(
+                f"{folder / file} is damaged: it should have {size} bytes, it has {actual[file]}: "
+                "copy it again or run fly-jax convert again"
+            )
+
+
+def _weight_files(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in (folder / WEIGHTS_FOLDER).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _check_shapes(folder: Path, info: PreparedInfo, spec: ModelSpec) -> None:
@@ -147,14 +169,21 @@ def _parts(buffer: ParameterSpec, array: np.ndarray, max_tp: int, start: int = 0
 
 def _parse_info(raw: dict[str, Any]) -> PreparedInfo:
     shapes = {str(name): tuple(int(size) for size in shape) for name, shape in raw["buffers"].items()}
-    info = PreparedInfo(int(raw["max_tp"]), str(raw["dtype"]), shapes)
+    files = {str(file): int(size) for file, size in raw["files"].items()}
+    info = PreparedInfo(int(raw["max_tp"]), str(raw["dtype"]), shapes, files)
     if info.max_tp < 1 or info.dtype not in DTYPES:
         raise ValueError(f"max_tp {info.max_tp}, dtype {info.dtype}")
     return info
 
 
 def _write_info(folder: Path, info: PreparedInfo) -> None:
-    content = {"format_version": FORMAT_VERSION, "max_tp": info.max_tp, "dtype": info.dtype, "buffers": info.shapes}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "max_tp": info.max_tp,
+        "dtype": info.dtype,
+        "buffers": info.shapes,
+        "files": info.files,
+    }
     (folder / INFO_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

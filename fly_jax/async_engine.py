@@ -26,7 +26,7 @@ class AsyncEngine:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self._thread = EngineThread(Engine(model))
-        self._layout = str(model.initial_layout)
+        self._layout = str(model.plan.layout)
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
@@ -35,23 +35,23 @@ class AsyncEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.model.tokenizer
+        return self.model.plan.tokenizer
 
     @property
     def max_model_len(self) -> int:
-        return self.model.max_model_len
+        return self.model.plan.max_model_len
 
     @property
     def vocab_size(self) -> int:
-        return self.model.model_config.vocab_size
+        return self.model.plan.model_config.vocab_size
 
     @property
     def model_name(self) -> str:
-        return self.model.config.model.resolve().name
+        return self.model.plan.config.model.resolve().name
 
     @property
     def max_num_queued_reqs(self) -> int:
-        return self.model.config.max_num_queued_reqs
+        return self.model.plan.config.max_num_queued_reqs
 
     @property
     def is_alive(self) -> bool:

@@ -88,10 +88,10 @@ def convert(options: argparse.Namespace) -> int:
     import jax.numpy as jnp
 
     from checkpoints import convert as convert_folder
-    from fly_jax.models.config import ModelConfig
+    from fly_jax.models.config import ModelConfig, serving_dtype
     from fly_jax.progress import LoadProgress
 
-    dtype = ModelConfig.from_folder(options.hf_folder).serving_dtype(options.dtype)
+    dtype = serving_dtype(options.dtype, ModelConfig.from_folder(options.hf_folder).dtype)
     with LoadProgress(enabled=not options.quiet) as bar:
         convert_folder(
             options.hf_folder,
@@ -181,6 +181,9 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout")
     layout.add_argument("--devices", type=int, help=f"devices to use (default: all; on CPU {DEFAULT_DEVICES} virtual)")
     layout.add_argument("--layout", help="first layout: 2+2, 2+1+1, dp4, tp4, dp2xtp2 (default: narrowest)")
+    layout.add_argument(
+        "--layouts", type=lambda text: tuple(text.split(",")), help="compile only these, by commas (default: all)"
+    )
     layout.add_argument("--tensor-parallel-size", "-tp", type=int, help="uniform first layout of this TP degree")
     layout.add_argument("--data-parallel-size", "-dp", type=int, help="uniform first layout of this many groups")
     layout.add_argument("--base-tp", type=int, help="smallest TP degree that holds the model (default: from memory)")
@@ -194,6 +197,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--num-gpu-blocks-override", dest="num_blocks", type=int, help="KV blocks a device")
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="fraction for weights and KV")
     engine.add_argument("--device-memory-bytes", type=int, help="memory of one device (default: asked from it)")
+    engine.add_argument("--optimization-level", "-O", type=int, help="0 to 3; 0 starts faster and runs slower")
     engine.add_argument("--seed", type=int, default=0, help="from which unseeded requests draw their seeds")
     engine.add_argument(
         "--no-overlap", dest="overlap", action="store_false", help="harvest each step before the next (debugging)"

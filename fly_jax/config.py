@@ -18,6 +18,7 @@ class EngineConfig:
         model: a Hugging Face folder or a folder made by ``fly-jax convert``.
         devices: how many devices to use; None: all (on CPU: 4 virtual ones).
         layout: the first layout (``2+2``, ``dp4``, ``tp4``, ...); None: the narrowest.
+        layouts: the layouts that programs are compiled for; None: every one that fits the devices.
         base_tp: smallest TP degree that holds the model; None: found from the memory.
         dtype: ``auto`` keeps the checkpoint's.
         max_model_len: context limit in tokens; None: the model's own.
@@ -28,6 +29,7 @@ class EngineConfig:
         num_blocks: KV blocks a device; None: from the memory.
         gpu_memory_utilization: fraction of an accelerator's memory used for weights and KV.
         device_memory_bytes: memory of one device; None: asked from the device (a CPU device: its share of the host's).
+        optimization_level: XLA's backend level, 0 to 3; 0 compiles in half the time and runs slower. None: XLA's own.
         overlap: keep one step in flight while the next is prepared; False is the loop for debugging.
         seed: from which seeds of requests without one are drawn.
     """
@@ -35,6 +37,7 @@ class EngineConfig:
     model: Path
     devices: int | None = None
     layout: str | None = None
+    layouts: tuple[str, ...] | None = None
     base_tp: int | None = None
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -45,6 +48,7 @@ class EngineConfig:
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     device_memory_bytes: int | None = None
+    optimization_level: int | None = None
     overlap: bool = True
     seed: int = 0
 
@@ -59,5 +63,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 3:
+            raise ConfigError(f"optimization_level must be between 0 and 3, got {self.optimization_level}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")

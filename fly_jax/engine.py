@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from fly_jax.errors import InvalidRequestError
+from fly_jax.errors import InvalidRequestError, LayoutError
 from fly_jax.group_scheduler import StepPlan
 from fly_jax.kv_cache import KVCacheManager
 from fly_jax.layout import DeviceGroup, Layout
@@ -36,18 +36,18 @@ class Engine:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.runner = model.runner
-        config = model.config
-        self.kv = KVCacheManager(model.kv_spec, model.num_devices, model.base_tp)
+        plan, config = model.plan, model.plan.config
+        self.kv = KVCacheManager(plan.shapes.kv, len(plan.devices), plan.base_tp)
         self.scheduler = Scheduler(
-            model.initial_layout,
-            model.limits,
+            plan.layout,
+            plan.limits,
             self.kv,
-            max_model_len=model.max_model_len,
+            max_model_len=plan.max_model_len,
             max_queued=config.max_num_queued_reqs,
         )
-        self.outputs = OutputProcessor(model.tokenizer, model.eos_token_ids)
+        self.outputs = OutputProcessor(plan.tokenizer, plan.eos_token_ids)
         self._depth = STEPS_IN_FLIGHT if config.overlap else 1
-        self._in_flight: dict[DeviceGroup, deque[InFlightStep]] = {group: deque() for group in model.groups}
+        self._in_flight: dict[DeviceGroup, deque[InFlightStep]] = {group: deque() for group in plan.groups}
         self._seeds = random.Random(config.seed)
         self._switch_started = 0.0
         self._finished: Counter[str] = Counter()
@@ -146,7 +146,7 @@ class Engine:
             ContextLengthError: the prompt fits no group of the layout.
             QueueFullError: too many wait already.
         """
-        vocabulary = self.model.model_config.vocab_size
+        vocabulary = self.model.plan.model_config.vocab_size
         if not prompt_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
         if not all(0 <= token < vocabulary for token in prompt_ids):
@@ -205,8 +205,17 @@ class Engine:
         return self._last_switch
 
     def parse_layout(self, text: str) -> Layout:
-        """Raises LayoutError where the text does not fit the devices."""
-        return Layout.parse(text, self.model.num_devices, self.model.base_tp)
+        """A layout that can be switched to.
+
+        Raises:
+            LayoutError: the text does not fit the devices, or programs for it were not compiled.
+        """
+        layout = Layout.parse(text, len(self.model.plan.devices), self.model.plan.base_tp)
+        if missing := [str(group) for group in layout.groups if group not in self.model.plan.groups]:
+            raise LayoutError(
+                f"layout {layout} needs {', '.join(missing)}, which --layouts left out: start again with {layout} in it"
+            )
+        return layout
 
     def begin_switch(self, text: str) -> Layout:
         """Starts going to another layout; :meth:`step` completes it once the groups concerned have drained.

@@ -155,7 +155,12 @@ class ExecutableTable:
 
 
 def compile_all(
-    lowerer: ProgramLowerer, keys: list[ExecutableKey], *, workers: int, progress: Callable[[int, int], None]
+    lowerer: ProgramLowerer,
+    keys: list[ExecutableKey],
+    *,
+    workers: int,
+    optimization_level: int | None,
+    progress: Callable[[int, int], None],
 ) -> ExecutableTable:
     """Lowers in this thread and compiles in several.
 
@@ -163,11 +168,12 @@ def compile_all(
         CompileError: naming the first program that failed.
     """
     started = time.perf_counter()
+    options: dict[str, Any] = {} if optimization_level is None else {"xla_backend_optimization_level": optimization_level}
     programs: dict[ExecutableKey, jax.stages.Compiled] = {}
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="compile") as pool:
         futures = {}
         for key in keys:
-            futures[key] = pool.submit(_compile, key, _lower(lowerer, key))
+            futures[key] = pool.submit(_compile, key, _lower(lowerer, key), options)
         for done, (key, future) in enumerate(futures.items(), start=1):
             programs[key] = future.result()
             progress(done, len(keys))
@@ -181,9 +187,9 @@ def _lower(lowerer: ProgramLowerer, key: ExecutableKey) -> jax.stages.Lowered:
         raise CompileError(f"lowering {key} failed: {type(error).__name__}: {error}") from error
 
 
-def _compile(key: ExecutableKey, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compile(key: ExecutableKey, lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
     except Exception as error:
         raise CompileError(f"compiling {key} failed: {type(error).__name__}: {error}") from error
 

@@ -13,7 +13,8 @@ from functools import cached_property
 
 from fly_jax.errors import LayoutError
 
-_ALIAS = re.compile(r"^(?:dp(?P<dp>\d+))?x?(?:tp(?P<tp>\d+))?$")
+_ALIAS = re.compile(r"dp(?P<dp>[0-9]{1,4})(?:xtp(?P<tp>[0-9]{1,4}))?|tp(?P<tp_only>[0-9]{1,4})")
+_MAX_TEXT = 1024
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +90,7 @@ class Layout:
     def check(self, num_devices: int, base_tp: int) -> None:
         if self.num_devices != num_devices:
             raise LayoutError(
-                f"layout {self} uses {self.num_devices} devices but the engine has {num_devices}: "
+                f"layout {_shorten(str(self))} uses {self.num_devices} devices but the engine has {num_devices}: "
                 f"its degrees must add up to {num_devices}"
             )
         for group in self.groups:
@@ -107,19 +108,23 @@ class Layout:
 
 def _degrees(text: str, num_devices: int) -> tuple[int, ...]:
     text = text.strip().lower()
-    parts = text.split("+")
-    if all(p.strip().isascii() and p.strip().isdigit() and len(p.strip()) < 6 for p in parts):
-        degrees = tuple(int(p) for p in parts)
+    parts = [part.strip() for part in text.split("+")]
+    if len(text) <= _MAX_TEXT and all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        degrees = tuple(int(part) for part in parts)
         if all(degrees):
             return degrees
-    elif text and (match := _ALIAS.match(text)) and len(text) < 16:
-        tp = int(match["tp"]) if match["tp"] else max(1, num_devices // max(1, int(match["dp"])))
-        dp = int(match["dp"]) if match["dp"] else max(1, num_devices // max(1, tp))
-        if dp and tp and dp <= 4096:
-            return (tp,) * dp
+    elif match := _ALIAS.fullmatch(text):
+        dp, tp = (int(n) if n is not None else None for n in (match["dp"], match["tp"] or match["tp_only"]))
+        if dp != 0 and tp != 0:
+            tp = tp or max(1, num_devices // (dp or 1))
+            return (tp,) * (dp or max(1, num_devices // tp))
     raise LayoutError(
-        f"layout {text!r} is not understood: write TP degrees joined by + such as 2+1+1, or dp4, tp4, dp2xtp2"
+        f"layout {_shorten(text)!r} is not understood: write TP degrees joined by + such as 2+1+1, or dp4, tp4, dp2xtp2"
     )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 64 else text[:64] + "..."
 
 
 def all_groups(num_devices: int, base_tp: int) -> tuple[DeviceGroup, ...]:

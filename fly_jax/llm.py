@@ -58,7 +58,7 @@ class LLM:
             self._model = load_model(config, bar.report)
         self._progress = progress
         self._thread = EngineThread(Engine(self._model))
-        self.tokenizer = self._model.tokenizer
+        self.tokenizer = self._model.plan.tokenizer
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -57,7 +57,9 @@ class GenerationProgress(_Bar):
 
     def __init__(self, requests: int, enabled: bool) -> None:
         tokens = TextColumn("{task.fields[tokens]} tokens")
-        super().__init__(enabled, TextColumn("requests"), BarColumn(), MofNCompleteColumn(), tokens, TimeElapsedColumn())
+        super().__init__(
+            enabled, TextColumn("requests"), BarColumn(), MofNCompleteColumn(), tokens, TimeElapsedColumn()
+        )
         self._requests = requests
         self._tokens = 0
         self._task = TaskID(0)

@@ -86,7 +86,7 @@ class ModelRunner:
         self.shapes, self.meshes = shapes, meshes
         self.weights, self.pool, self.executables = weights, pool, executables
         self._groups: dict[DeviceGroup, GroupState] = {}
-        for group in meshes.groups:
+        for group in sorted({key.group for key in executables.programs}):
             self._groups[group] = GroupState(weights.decoder(group), weights.head(group), self._token_table(group))
 
     def launch(self, plan: StepPlan) -> InFlightStep:

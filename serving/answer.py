@@ -10,6 +10,7 @@ from typing import Protocol
 from fastapi import Request
 from starlette.responses import Response
 
+from fly_jax.errors import ContextLengthError
 from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
 from serving.disconnect import ClientGoneError, unless_disconnected
@@ -80,6 +81,9 @@ async def answer(request: Request, job: Job, formatter: Formatter) -> Response:
         stream = run(state.engine, state.metrics, job)
         primed = await unless_disconnected(request.receive, Primed.start(stream))
         return EventStream(_events(job, formatter, primed), primed)
+    except ContextLengthError as error:
+        # The engine knows prompts only; the client is told the field it sent.
+        raise ContextLengthError(str(error), param=job.body.prompt_field) from error
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 

@@ -63,6 +63,8 @@ class StreamOptions(BaseModel):
 class GenerationBody(Body):
     """What both generating endpoints share."""
 
+    prompt_field: ClassVar[str] = "prompt"
+
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_tokens: Int64 | None = None
@@ -196,6 +198,7 @@ class ChatCompletionRequest(GenerationBody):
     """``POST /v1/chat/completions``."""
 
     unsupported: ClassVar[Mapping[str, Callable[[Any], bool]]] = UNSUPPORTED_CHAT
+    prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int64 | None = None

@@ -9,6 +9,7 @@ import json
 import shlex
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -64,14 +65,14 @@ class HttpServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """The first signal asks for an orderly end, the second for an immediate one."""
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -161,7 +162,9 @@ def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> Non
 
 async def _serve_and_shut_down(engine: EngineClient, options: ServerOptions, sock: socket.socket) -> None:
     def announce(server: HttpServer) -> None:
-        print(ready_line(server.url, options.served_model_name or engine.model_name, options), flush=True)
+        model_name = options.served_model_name or engine.model_name
+        sys.stdout.write(ready_line(server.url, model_name, options) + "\n")
+        sys.stdout.flush()
 
     try:
         await serve(engine, options, sock, on_ready=announce)

@@ -73,7 +73,7 @@ class EventStream(Response, Generic[T]):
         super().init_headers(headers)
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(send))
         watcher = asyncio.create_task(wait_for_disconnect(receive))
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.errors import CheckpointError, ConfigError
-from fly_jax.models.rope import RopeConfig, parse_rope
+from fly_jax.models.rope import RopeConfig, parse_rope, positive_number
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -92,11 +92,6 @@ class ModelConfig:
     rope: RopeConfig
     dtype: str
 
-    def serving_dtype(self, asked: str) -> str:
-        """``float32`` or ``bfloat16``: what is asked for, or with ``auto`` the checkpoint's (bfloat16 for float16)."""
-        name = self.dtype if asked == "auto" else asked
-        return "bfloat16" if name == "float16" else name
-
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Reads ``folder/config.json``.
@@ -119,9 +114,9 @@ class ModelConfig:
             raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 16:
             raise ConfigError(f"head_dim {head_dim} is not supported: it must be a multiple of 16")
-        if hidden % 32:
-            raise ConfigError(f"hidden_size {hidden} is not supported: it must be a multiple of 32")
-        bias = bool(raw.get("attention_bias", False))
+        if hidden % 2:
+            raise ConfigError(f"hidden_size {hidden} is not supported: it must be even")
+        bias = _flag(raw, "attention_bias")
         max_positions = _positive(raw, "max_position_embeddings", default=_DEFAULT_MAX_POSITIONS[family])
         return cls(
             architecture=architecture,
@@ -132,17 +127,23 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=positive_number("config field rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=max_positions,
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(raw, "tie_word_embeddings"),
             qkv_bias=True if family == "qwen2" else bias,
             output_bias=bias if family in ("llama", "qwen3") else False,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=_flag(raw, "mlp_bias"),
             qk_norm=family == "qwen3",
             sliding_windows=_sliding_windows(raw, family),
             rope=parse_rope(raw, head_dim, max_positions),
             dtype=_dtype(raw),
         )
+
+
+def serving_dtype(asked: str, stored: str) -> str:
+    """``float32`` or ``bfloat16``: what is asked for, or with ``auto`` the checkpoint's (bfloat16 for float16)."""
+    name = stored if asked == "auto" else asked
+    return "bfloat16" if name == "float16" else name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,10 +196,17 @@ def _positive(raw: Mapping[str, Any], name: str, default: int | None = None) -> 
     return value
 
 
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"config field {name}={value!r} must be true or false")
+    return bool(value)
+
+
 def _sliding_windows(raw: Mapping[str, Any], family: str) -> tuple[int | None, ...]:
     layers = _positive(raw, "num_hidden_layers")
     window = raw.get("sliding_window", _DEFAULT_MISTRAL_WINDOW if family == "mistral" else None)
-    if family in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+    if family in ("qwen2", "qwen3") and not _flag(raw, "use_sliding_window"):
         window = None
     if window is None:
         return (None,) * layers
@@ -207,12 +215,14 @@ def _sliding_windows(raw: Mapping[str, Any], family: str) -> tuple[int | None, .
     window = _positive({"sliding_window": window}, "sliding_window")
     if (types := raw.get("layer_types")) is not None:
         known = {"full_attention": None, "sliding_attention": window}
-        if len(types) != layers or any(t not in known for t in types):
+        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
             raise ConfigError(f"config field layer_types={types!r} must name {layers} of {', '.join(known)}")
         return tuple(known[t] for t in types)
     if family == "mistral":
         return (window,) * layers
     first = raw.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ConfigError(f"config field max_window_layers={first!r} must be a whole number of at least 0")
     return tuple(window if layer >= first else None for layer in range(layers))
 
 

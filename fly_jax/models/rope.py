@@ -92,7 +92,8 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
     settings = {k: v for k, v in given.items() if v is not None}
     kind = str(settings.pop("rope_type", settings.pop("type", "default")))
     settings.pop("type", None)
-    theta = float(settings.pop("rope_theta", raw.get("rope_theta") or 10000.0))
+    theta = raw.get("rope_theta")
+    theta = positive_number("config field rope_theta", settings.pop("rope_theta", 10000.0 if theta is None else theta))
     if kind not in _OPTIONS:
         raise ConfigError(f"rope_scaling type {kind!r} is not supported; supported: {', '.join(_OPTIONS)}")
     for name in settings:
@@ -101,12 +102,27 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
     for name in _REQUIRED.get(kind, ()):
         if name not in settings:
             raise ConfigError(f"rope_scaling option {name!r} is missing for type {kind!r}")
-    original = int(settings.pop("original_max_position_embeddings", max_positions))
-    original = int(raw.get("original_max_position_embeddings") or original)
+    original = settings.pop("original_max_position_embeddings", max_positions)
+    if (outer := raw.get("original_max_position_embeddings")) is not None:
+        original = outer
+    if not isinstance(original, int) or isinstance(original, bool) or original < 1:
+        raise ConfigError(f"config field original_max_position_embeddings={original!r} must be a positive integer")
     if kind == "dynamic":
         original = max_positions  # transformers scales from max_position_embeddings and ignores the original
-    options = tuple(sorted((name, float(value)) for name, value in settings.items()))
+    options = tuple(sorted((name, _option(name, value)) for name, value in settings.items()))
     return RopeConfig(kind, theta, head_dim, original, options)
+
+
+def positive_number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{what}={value!r} must be a positive number")
+    return float(value)
+
+
+def _option(name: str, value: Any) -> float:
+    if name == "truncate" and isinstance(value, bool):
+        return float(value)
+    return positive_number(f"rope_scaling option {name!r}", value)
 
 
 def rope_tables(rope: RopeConfig, positions: Array, context_lengths: Array) -> tuple[Array, Array]:

@@ -72,6 +72,7 @@ class ModelSpec:
 
     config: ModelConfig
     partition: Partition
+    dtype: jnp.dtype
     decoder: ModuleSpec
     head: ModuleSpec
 
@@ -90,7 +91,7 @@ def model_spec(config: ModelConfig, max_tp: int, dtype: jnp.dtype) -> ModelSpec:
     if config.tie_embeddings:
         tied = tuple(replace(spec, buffer="embedding") for spec in head.parameters)
         head = ModuleSpec(head.graph, head.treedef, tied)
-    return ModelSpec(config, part, decoder, head)
+    return ModelSpec(config, part, jnp.dtype(dtype), decoder, head)
 
 
 def _module_spec(module: nnx.Module, prefix: str) -> ModuleSpec:

@@ -65,7 +65,10 @@ def test_folder_is_complete(folders: tuple[Path, Path]) -> None:
     assert not list(out.rglob("*.safetensors"))
     spec = model_spec(ModelConfig.from_folder(out), 4, np.dtype("float32"))
     shapes = {name: buffer.shape for name, buffer in spec.buffers.items()}
-    assert prepared_info(out) == PreparedInfo(max_tp=4, dtype="float32", shapes=shapes)
+    info = prepared_info(out)
+    assert info == PreparedInfo(max_tp=4, dtype="float32", shapes=shapes, files=info.files if info else {})
+    assert info is not None
+    assert sum(info.files.values()) >= sum(buffer.nbytes for buffer in spec.buffers.values())
     assert prepared_info(hf) is None
     assert [path.name for path in sorted(out.parent.iterdir())] == ["hf", "out"]
 
@@ -132,9 +135,16 @@ def edit_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 300}))
 
 
-def cut_data(folder: Path) -> None:
-    largest = max((path for path in (folder / "weights").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+def manifest(folder: Path) -> Path:
+    return folder / "weights" / "manifest.ocdbt"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
@@ -144,8 +154,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "bad shapes": (lambda f: edit_info(f, lambda i: i.update(buffers=[1])), ("fly_jax.json", "damaged")),
     "info is not JSON": (lambda f: (f / "fly_jax.json").write_text("x"), ("fly_jax.json", "JSON")),
     "other config": (edit_config, ("mlp.down", "(128, 64)", "(320, 64)", "config.json")),
-    "truncated weights": (cut_data, ("weights", "cannot be restored")),
-    "no weights": (lambda f: (f / "weights").rename(f / "elsewhere"), ("weights", "cannot be restored")),
+    "no files": (lambda f: edit_info(f, lambda i: i.pop("files")), ("fly_jax.json", "files")),
+    "truncated weights": (lambda f: cut(manifest(f)), ("manifest.ocdbt", "damaged", "should have", "bytes")),
+    "missing file": (lambda f: manifest(f).unlink(), ("manifest.ocdbt", "missing")),
+    "scrambled file": (lambda f: scramble(manifest(f)), ("weights", "cannot be restored")),
 }
 
 

@@ -122,14 +122,18 @@ def test_the_official_client_sees_its_own_error_types(client: openai.OpenAI) -> 
         client.completions.create(model="scripted", prompt="@queue-full")
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_too_long_a_prompt_names_both_numbers(http: httpx.Client, path: str) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "field", "tokens"), [(COMPLETIONS, "prompt", 601), (CHAT, "messages", 620)])
+def test_too_long_a_prompt_names_both_numbers(
+    http: httpx.Client, path: str, field: str, tokens: int, stream: bool
+) -> None:
     text = "x" * 600
-    answer = http.post(path, json={"prompt": text, "messages": [{"role": "user", "content": text}]})
+    body = {"prompt": text, "messages": [{"role": "user", "content": text}], "stream": stream}
+    answer = http.post(path, json=body)
     error = error_of(answer)
-    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
     assert "512" in error["message"]
-    assert "6" in error["message"]
+    assert str(tokens) in error["message"]
 
 
 def test_queue_full(http: httpx.Client) -> None:

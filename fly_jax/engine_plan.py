@@ -1,0 +1,207 @@
+"""Everything about an engine that is decided before a byte of weights is read: sizes, layouts, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from checkpoints import PreparedInfo, prepared_info
+from fly_jax.buckets import Buckets
+from fly_jax.config import EngineConfig
+from fly_jax.errors import CheckpointError, ConfigError, ModelTooLargeError
+from fly_jax.executables import ProgramShapes
+from fly_jax.group_scheduler import SchedulerLimits
+from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
+from fly_jax.models.config import ModelConfig, read_json, serving_dtype
+from fly_jax.models.sharding import ModelSpec, model_spec
+from fly_jax.platform import host_memory_bytes
+from fly_jax.tokenizer import Tokenizer
+
+# Without an accelerator's memory to fill, the pools hold this many full contexts a device, within a share of the host.
+CPU_FULL_CONTEXTS = 8
+CPU_KV_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What an engine will be.
+
+    Attributes:
+        devices: in device order.
+        base_tp: smallest TP degree that holds the model.
+        layout: the first layout.
+        groups: those to compile programs for; a layout of others cannot be switched to.
+        shapes: sizes of all programs, of the model and of the KV pools.
+    """
+
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    devices: tuple[jax.Device, ...]
+    base_tp: int
+    layout: Layout
+    groups: tuple[DeviceGroup, ...]
+    limits: SchedulerLimits
+    shapes: ProgramShapes
+
+    @property
+    def max_model_len(self) -> int:
+        return self.shapes.max_model_len
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """Reads the folder's configuration and checks that everything fits.
+
+    Raises:
+        ConfigError, LayoutError, CheckpointError, ModelTooLargeError: one line that says what to do.
+    """
+    folder = _model_folder(config.model)
+    model_config = ModelConfig.from_folder(folder)
+    tokenizer = Tokenizer(folder)
+    devices = _devices(config)
+    spec = _model_spec(config, folder, model_config, len(devices))
+    memory = _device_memory(config, devices)
+    base_tp = _base_tp(config, spec, memory, len(devices))
+    layout, groups = _layouts(config, len(devices), base_tp)
+    max_model_len = _max_model_len(config, model_config)
+    kv_spec = _kv_spec(config, spec, max_model_len, memory, base_tp, devices)
+    limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
+    buckets = Buckets.of(config.max_num_seqs, limits.tile_budget)
+    slots = config.max_num_seqs + 1
+    shapes = ProgramShapes(spec, kv_spec, buckets, spec.dtype, max_model_len, slots)
+    eos = _eos_token_ids(folder)
+    return EnginePlan(config, model_config, tokenizer, eos, devices, base_tp, layout, groups, limits, shapes)
+
+
+def _model_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"model folder {path} does not exist: give a Hugging Face folder or one made by fly-jax convert"
+        )
+    return path
+
+
+def _devices(config: EngineConfig) -> tuple[jax.Device, ...]:
+    present = jax.devices()
+    count = config.devices or len(present)
+    if count > len(present):
+        raise ConfigError(f"{count} devices asked for but {len(present)} are present: lower --devices")
+    return tuple(present[:count])
+
+
+def _model_spec(config: EngineConfig, folder: Path, model: ModelConfig, num_devices: int) -> ModelSpec:
+    prepared = prepared_info(folder)
+    stored = prepared.dtype if prepared is not None else model.dtype
+    dtype = jnp.dtype(serving_dtype(config.dtype, stored))
+    return model_spec(model, _max_tp(folder, prepared, num_devices), dtype)
+
+
+def _max_tp(folder: Path, prepared: PreparedInfo | None, num_devices: int) -> int:
+    needed = max_tp_degree(num_devices)
+    if prepared is None:
+        return needed
+    if prepared.max_tp < needed:
+        raise CheckpointError(
+            f"{folder} was converted for TP up to {prepared.max_tp} but {num_devices} devices need {needed}: "
+            f"convert again with --max-tp {needed} or lower --devices"
+        )
+    return prepared.max_tp
+
+
+def _device_memory(config: EngineConfig, devices: tuple[jax.Device, ...]) -> int:
+    """Bytes one device may use for weights and KV."""
+    if config.device_memory_bytes is not None:
+        return config.device_memory_bytes
+    if devices[0].platform == "cpu":
+        return host_memory_bytes()  # virtual devices share it, and alias one copy of the weights
+    stats = devices[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
+
+
+def _base_tp(config: EngineConfig, spec: ModelSpec, memory: int, num_devices: int) -> int:
+    """The degree asked for, or the smallest at which the weights fit a device."""
+    widest = max_tp_degree(num_devices)
+    asked = config.base_tp
+    if asked is not None and (asked & (asked - 1) or asked > widest):
+        raise ConfigError(f"base_tp {asked} is not a power of two up to the {num_devices} devices: choose one")
+    base_tp = asked or 1
+    while weight_bytes(spec, base_tp) > memory:
+        if asked is not None or base_tp == widest:
+            raise ModelTooLargeError(
+                f"{config.model} needs {weight_bytes(spec, base_tp):,} bytes of weights a device at TP {base_tp} "
+                f"but a device has {memory:,}: use more devices, more memory or --dtype bfloat16"
+            )
+        base_tp *= 2
+    return base_tp
+
+
+def weight_bytes(spec: ModelSpec, base_tp: int) -> int:
+    """Resident weight bytes of one device."""
+    sharded_buffers = {p.buffer for p in (*spec.decoder.parameters, *spec.head.parameters) if p.sharded}
+    replicated = {p.buffer for p in spec.decoder.parameters if not p.sharded}
+    return sum(
+        parameter.nbytes // (base_tp if name in sharded_buffers - replicated else 1)
+        for name, parameter in spec.buffers.items()
+    )
+
+
+def _layouts(config: EngineConfig, num_devices: int, base_tp: int) -> tuple[Layout, tuple[DeviceGroup, ...]]:
+    """The first layout, and the groups of all layouts that may follow."""
+    first = config.layout or (config.layouts[0] if config.layouts else f"tp{base_tp}")
+    layout = Layout.parse(first, num_devices, base_tp)
+    if config.layouts is None:
+        return layout, all_groups(num_devices, base_tp)
+    allowed = [layout, *(Layout.parse(text, num_devices, base_tp) for text in config.layouts)]
+    return layout, tuple(sorted({group for each in allowed for group in each.groups}, key=lambda g: (g.size, g.start)))
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    own = model.max_position_embeddings
+    if model.rope.kind in ("linear", "dynamic"):
+        own = int(own * model.rope.option("factor"))
+    if config.max_model_len is not None and config.max_model_len > own:
+        raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's own context of {own}: lower it")
+    return config.max_model_len or own
+
+
+def _kv_spec(
+    config: EngineConfig,
+    spec: ModelSpec,
+    max_model_len: int,
+    memory: int,
+    base_tp: int,
+    devices: tuple[jax.Device, ...],
+) -> KVCacheSpec:
+    model, part = spec.config, spec.partition
+    itemsize = spec.dtype.itemsize
+    one = KVCacheSpec(1, config.block_size, model.num_layers, part.kv_heads, model.head_dim, itemsize)
+    free = memory - weight_bytes(spec, base_tp)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif devices[0].platform == "cpu":
+        wanted = CPU_FULL_CONTEXTS * one.blocks_for(max_model_len, 1)
+        share = int(free * CPU_KV_SHARE) // (one.block_bytes * len(devices))
+        num_blocks = min(wanted, share)
+    else:
+        num_blocks = free // one.block_bytes
+    if num_blocks * one.block_bytes > free or num_blocks < 1:
+        raise ModelTooLargeError(
+            f"{num_blocks} KV blocks of {one.block_bytes:,} bytes do not fit the {max(0, free):,} that the weights "
+            f"leave of a device's {memory:,}: use more memory, a higher TP or fewer blocks"
+        )
+    return KVCacheSpec(num_blocks, config.block_size, model.num_layers, part.kv_heads, model.head_dim, itemsize)
+
+
+def _eos_token_ids(folder: Path) -> frozenset[int]:
+    """From generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = read_json(path).get("eos_token_id") if path.exists() else None
+        if value is not None:
+            return frozenset(value if isinstance(value, list) else [value])
+    return frozenset()

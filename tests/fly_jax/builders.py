@@ -1,0 +1,23 @@
+"""Small values that several test modules build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fly_jax.kv_cache import KVCacheManager, KVCacheSpec
+from fly_jax.request import Request
+from fly_jax.sampling_params import SamplingParams
+
+
+def make_request(
+    prompt: int | Sequence[int] = 4, *, name: str = "r", max_tokens: int = 8, seed: int = 0, **params: Any
+) -> Request:
+    """A request of these prompt tokens, or of this many."""
+    prompt_ids = tuple(range(1, prompt + 1)) if isinstance(prompt, int) else tuple(prompt)
+    return Request(name, prompt_ids, SamplingParams(max_tokens=max_tokens, **params), max_tokens, seed, arrival=0.0)
+
+
+def make_kv(num_blocks: int = 64, *, block_size: int = 4, kv_heads: int = 4, num_devices: int = 1) -> KVCacheManager:
+    spec = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
+    return KVCacheManager(spec, num_devices, base_tp=1)

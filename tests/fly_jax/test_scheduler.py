@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import pytest
+
+from fly_jax.errors import ContextLengthError, LayoutError, QueueFullError
+from fly_jax.group_scheduler import SchedulerLimits
+from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.outputs import FinishReason
+from fly_jax.request import Request, RequestState
+from fly_jax.scheduler import Scheduler
+from tests.fly_jax.builders import make_kv, make_request
+
+
+def make_scheduler(
+    layout: str, *, num_blocks: int = 64, max_num_seqs: int = 4, max_model_len: int = 1000, max_queued: int = 100
+) -> Scheduler:
+    parsed = Layout.parse(layout, 4)
+    kv = make_kv(num_blocks, num_devices=4)
+    limits = SchedulerLimits(max_num_seqs, 64)
+    return Scheduler(parsed, limits, kv, max_model_len=max_model_len, max_queued=max_queued)
+
+
+def add(scheduler: Scheduler, *requests: Request) -> None:
+    for request in requests:
+        scheduler.check(len(request.prompt_ids))
+        scheduler.add(request)
+
+
+def group_of(request: Request) -> DeviceGroup:
+    assert request.table is not None
+    return request.table.group
+
+
+def test_requests_are_spread_over_equal_groups() -> None:
+    scheduler = make_scheduler("1+1+1+1")
+    requests = [make_request(name=str(i)) for i in range(4)]
+    add(scheduler, *requests)
+    assert scheduler.route() is None
+    assert {group_of(request).start for request in requests} == {0, 1, 2, 3}
+
+
+def test_a_wide_group_takes_as_many_requests_as_its_devices_would() -> None:
+    scheduler = make_scheduler("2+1+1", max_num_seqs=8)
+    requests = [make_request(name=str(i)) for i in range(8)]
+    add(scheduler, *requests)
+    scheduler.route()
+    sizes = [group_of(request).size for request in requests]
+    assert sizes.count(2) == 4
+    assert sizes.count(1) == 4
+
+
+def test_a_long_request_goes_to_the_group_that_holds_it_to_its_end() -> None:
+    scheduler = make_scheduler("2+1+1", num_blocks=8)  # 32 tokens at TP 1, 64 at TP 2
+    request = make_request(8, max_tokens=40)
+    others = [make_request(name=str(i)) for i in range(1)]
+    add(scheduler, request, *others)
+    scheduler.route()
+    assert group_of(request).size == 2
+    assert group_of(others[0]).size == 1
+
+
+def test_nobody_overtakes_the_head_of_the_queue() -> None:
+    scheduler = make_scheduler("4", num_blocks=4)  # 64 tokens
+    running, head, small = make_request(18, name="running"), make_request(20, name="head"), make_request(2, name="s")
+    add(scheduler, running, head, small)
+    assert scheduler.route() is None
+    assert list(scheduler.waiting) == [head, small]
+    scheduler.finish(running, FinishReason.STOP)
+    scheduler.route()
+    assert not scheduler.waiting
+    assert head.state is small.state is RequestState.RUNNING
+
+
+def test_preempted_requests_go_back_to_the_front_and_wait_for_tokens_that_are_still_on_the_device() -> None:
+    scheduler = make_scheduler("4", max_num_seqs=1)
+    first, second = make_request(name="first"), make_request(name="second")
+    add(scheduler, first, second)
+    scheduler.route()
+    (group,) = scheduler.groups
+    assert scheduler.schedule(group) is not None
+    assert first.num_pending == 1
+    scheduler.preempt(first)
+    assert list(scheduler.waiting) == [first, second]
+    assert scheduler.num_preemptions == 1
+    assert scheduler.route() is None
+    assert first.state is RequestState.WAITING
+    first.num_pending, first.output_ids = 0, [7]
+    scheduler.route()
+    assert first.state is RequestState.RUNNING
+    assert second.state is RequestState.WAITING
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "preempted"])
+def test_a_request_can_end_in_any_state(state: str) -> None:
+    scheduler = make_scheduler("2+2")
+    request = make_request()
+    add(scheduler, request)
+    if state != "waiting":
+        scheduler.route()
+        scheduler.schedule(group_of(request))
+    if state == "preempted":
+        scheduler.preempt(request)
+    scheduler.finish(request, FinishReason.ABORT)
+    assert request.finished
+    assert request.finish_reason is FinishReason.ABORT
+    assert not scheduler.has_work
+    assert not scheduler.waiting
+    assert scheduler.num_running == 0
+    assert scheduler.kv.usage == 0.0
+
+
+def test_a_prompt_that_could_never_run_is_refused_with_both_numbers() -> None:
+    scheduler = make_scheduler("4", max_model_len=100)
+    scheduler.check(99)
+    with pytest.raises(ContextLengthError, match="prompt has 100 tokens but the context holds 100.*shorten the prompt$"):
+        scheduler.check(100)
+
+
+def test_a_prompt_that_only_a_wider_layout_holds_is_refused_with_that_advice() -> None:
+    scheduler = make_scheduler("2+1+1", num_blocks=8)
+    assert scheduler.context_limit() == 64
+    with pytest.raises(ContextLengthError, match="prompt has 70 tokens but the context holds 64.*wider layout$"):
+        scheduler.check(70)
+
+
+def test_a_full_queue_is_refused_with_both_numbers() -> None:
+    scheduler = make_scheduler("4", max_queued=2)
+    add(scheduler, make_request(name="a"), make_request(name="b"))
+    with pytest.raises(QueueFullError, match="2 requests are waiting and at most 2 may"):
+        scheduler.check(1)
+    scheduler.route()
+    scheduler.check(1)
+
+
+def test_a_request_generates_no_more_than_its_group_can_hold() -> None:
+    scheduler = make_scheduler("1+1+1+1", num_blocks=8)  # 32 tokens
+    request = make_request(10, max_tokens=500)
+    add(scheduler, request)
+    scheduler.route()
+    assert request.max_tokens == 22
+
+
+def test_a_request_that_the_new_layout_cannot_hold_is_handed_back() -> None:
+    scheduler = make_scheduler("4", num_blocks=8, max_num_seqs=1)
+    running, waiting = make_request(name="running"), make_request(60, name="waiting")
+    add(scheduler, running, waiting)
+    scheduler.route()
+    scheduler.begin_switch(Layout.parse("dp4", 4))
+    assert scheduler.context_limit() == 32
+    assert scheduler.route() is waiting
+    scheduler.finish(waiting, FinishReason.ERROR)
+    assert scheduler.route() is None
+
+
+def test_a_switch_admits_nothing_to_groups_it_dissolves_and_drains_only_those() -> None:
+    scheduler = make_scheduler("2+1+1")
+    requests = [make_request(name=str(i)) for i in range(4)]
+    add(scheduler, *requests)
+    scheduler.route()
+    scheduler.begin_switch(Layout.parse("1+1+1+1", 4))
+    assert [str(group) for group in scheduler.dissolving] == ["tp2@0-1"]
+    assert not scheduler.drained
+    late = [make_request(name=f"late{i}") for i in range(4)]
+    add(scheduler, *late)
+    scheduler.route()
+    assert {group_of(request).start for request in late if request.table} == {2, 3}
+    kept = {group: scheduler.groups[group] for group in scheduler.groups if group.size == 1}
+    for request in requests:
+        if group_of(request).size == 2:
+            scheduler.finish(request, FinishReason.STOP)
+    assert scheduler.drained
+    scheduler.complete_switch()
+    assert str(scheduler.layout) == "1+1+1+1"
+    assert scheduler.target is None
+    assert all(scheduler.groups[group] is same for group, same in kept.items())
+    assert len(scheduler.groups) == 4
+
+
+def test_a_second_switch_is_refused_while_one_is_under_way() -> None:
+    scheduler = make_scheduler("4")
+    scheduler.begin_switch(Layout.parse("2+2", 4))
+    with pytest.raises(LayoutError, match=r"switch to 2\+2 is under way: ask for 1\+1\+1\+1"):
+        scheduler.begin_switch(Layout.parse("dp4", 4))
+    scheduler.complete_switch()
+    scheduler.begin_switch(Layout.parse("dp4", 4))
+
+
+def test_a_switch_to_the_layout_in_force_has_nothing_to_drain() -> None:
+    scheduler = make_scheduler("2+2")
+    request = make_request()
+    add(scheduler, request)
+    scheduler.route()
+    scheduler.begin_switch(Layout.parse("2+2", 4))
+    assert scheduler.drained
+    scheduler.complete_switch()
+    assert request.state is RequestState.RUNNING
+    assert scheduler.num_running == 1

@@ -1,0 +1,45 @@
+"""What tests of the running engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fly_jax import LLM, EngineConfig, SamplingParams
+from fly_jax.group_scheduler import ScheduledRow, StepPlan
+from fly_jax.kv_cache import KVCacheManager
+from fly_jax.layout import DeviceGroup
+from fly_jax.request import Request
+from fly_jax.runner import ModelRunner
+
+# One bucket of each kind: as few compiles as an engine can have.
+SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "optimization_level": 0}
+
+
+def small_config(folder: Path, **options: Any) -> EngineConfig:
+    """Options of an engine with few programs, in float32 on four devices."""
+    return EngineConfig(model=folder, **{"devices": 4, "dtype": "float32", **SMALL, **options})
+
+
+def small_llm(folder: Path, **options: Any) -> LLM:
+    """An engine with few programs, in float32 on four devices."""
+    return LLM(folder, **{"devices": 4, "dtype": "float32", "progress": False, **SMALL, **options})
+
+
+def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[int]) -> np.ndarray:
+    """Teacher-forced log-probabilities through one group's prefill programs alone, float32 ``[len(token_ids) - 1]``."""
+    manager = KVCacheManager(runner.shapes.kv, len(runner.meshes.devices), runner.meshes.base_tp)
+    request = Request("score", tuple(token_ids), SamplingParams(prompt_logprobs=True), max_tokens=1, seed=0, arrival=0.0)
+    request.table = manager.new_table(group)
+    assert manager.grow(request.table, len(token_ids))
+    scores: list[float] = []
+    chunk = runner.shapes.buckets.tokens[-1]
+    for start in range(0, len(token_ids) - 1, chunk):
+        count = min(chunk, len(token_ids) - 1 - start)
+        row = ScheduledRow(request, start, count, samples=False, scores=True, slot=0)
+        (result,) = runner.harvest(runner.launch(StepPlan(group, (), (row,))))
+        scores.extend(result.scores)
+    return np.asarray(scores, np.float32)
