@@ -110,5 +110,13 @@ class AsyncEngine:
     async def stats(self) -> EngineStats:
         return await asyncio.wrap_future(self._thread.stats())
 
+    def stats_now(self) -> EngineStats:
+        """:meth:`stats` for callers outside the event loop."""
+        return self._thread.stats().result()
+
     async def shutdown(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
+
+    def close(self) -> None:
+        """:meth:`shutdown` for callers outside the event loop."""
+        self._thread.shutdown()

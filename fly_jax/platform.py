@@ -35,6 +35,15 @@ def configure_devices(count: int) -> None:
         _check_started(count)
 
 
+def configure_deviceless_cuda() -> None:
+    """Lets jax compile for NVIDIA GPUs on a machine that has none; only before jax is imported.
+
+    The CUDA plugin's version check asks a driver, so it is switched off.
+    """
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+
+
 def _requested_devices() -> int:
     for flag in os.environ.get("XLA_FLAGS", "").split():
         if flag.startswith(_DEVICE_COUNT_FLAG + "="):

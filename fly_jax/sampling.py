@@ -93,7 +93,9 @@ def _threshold(scaled: Array, rows: SamplingRows) -> Array:
     in_top_k = jnp.arange(vocabulary) < limit[:, None]
     probabilities = jax.nn.softmax(jnp.where(in_top_k, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = in_top_k & (before < rows.top_p[:, None]) & (probabilities >= rows.min_p[:, None] * probabilities[:, :1])
+    # Summed in float32, the mass may reach 1 before the last token: with top_p 1 none is cut off for that.
+    in_top_p = (before < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1.0)
+    kept = in_top_k & in_top_p & (probabilities >= rows.min_p[:, None] * probabilities[:, :1])
     return jnp.min(jnp.where(kept.at[:, 0].set(True), ordered, jnp.inf), axis=-1)
 
 

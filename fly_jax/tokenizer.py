@@ -11,12 +11,12 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.decoders import DecodeStream
 
 from fly_jax.errors import CheckpointError, InvalidRequestError
 from fly_jax.models.config import read_json
 
 MAX_TEMPLATE_OUTPUT = 4 * 1024 * 1024
+_REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
@@ -74,29 +74,40 @@ class Tokenizer:
 
 
 class TextStream:
-    """Tokens one by one to text, never half a UTF-8 character."""
+    """Tokens one by one to text, never half a UTF-8 character.
+
+    Each new text is the difference between two decodes of the latest tokens, since what a token adds depends on
+    those before it. ``tokenizers.DecodeStream`` does the same but raises where a token changes text that is already
+    out, which byte-fallback vocabularies do when bytes turn out not to be UTF-8.
+    """
 
     def __init__(self, tokenizer: HFTokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._pending: list[int] = []
+        self._tokens: list[int] = []
+        self._num_read = 0
+        self._read_text = ""
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
-        self._pending.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id)
-        if text is None:
+        self._tokens.append(token_id)
+        text = self._decode()
+        if len(text) <= len(self._read_text) or text.endswith(_REPLACEMENT):
             return ""
-        self._pending.clear()
-        return str(text)
+        return self._take(text)
 
     def flush(self) -> str:
         """What the last tokens give although they end inside a character (replacement characters)."""
-        if not self._pending:
-            return ""
-        text = str(self._tokenizer.decode(self._pending, skip_special_tokens=self._skip))
-        self._pending.clear()
-        return text
+        text = self._decode()
+        return self._take(text) if len(text) > len(self._read_text) else ""
+
+    def _take(self, text: str) -> str:
+        new = text[len(self._read_text) :]
+        del self._tokens[: self._num_read]
+        self._num_read, self._read_text = len(self._tokens), self._decode()
+        return new
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=self._skip))
 
 
 class _ChatTemplate:
@@ -136,7 +147,9 @@ class _ChatTemplate:
                         f"the chat template wrote more than {MAX_TEMPLATE_OUTPUT} characters: shorten the messages",
                         param="messages",
                     )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+        except InvalidRequestError:
+            raise
+        except Exception as error:  # what a template can run into has no bound: division by zero, endless recursion
             raise InvalidRequestError(f"the chat template refused the messages: {error}", param="messages") from error
         return "".join(pieces)
 
@@ -149,5 +162,12 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As in transformers, so that templates may pass the same arguments; unlike Jinja's own, it escapes no HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -32,7 +32,9 @@ def small_llm(folder: Path, **options: Any) -> LLM:
 def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[int]) -> np.ndarray:
     """Teacher-forced log-probabilities through one group's prefill programs alone, float32 ``[len(token_ids) - 1]``."""
     manager = KVCacheManager(runner.shapes.kv, len(runner.meshes.devices), runner.meshes.base_tp)
-    request = Request("score", tuple(token_ids), SamplingParams(prompt_logprobs=True), max_tokens=1, seed=0, arrival=0.0)
+    request = Request(
+        "score", tuple(token_ids), SamplingParams(prompt_logprobs=True), max_tokens=1, seed=0, arrival=0.0
+    )
     request.table = manager.new_table(group)
     assert manager.grow(request.table, len(token_ids))
     scores: list[float] = []

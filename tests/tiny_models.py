@@ -155,9 +155,7 @@ CASES: dict[str, Config] = {
     "llama_rope_linear_modern": modern_spelling(_llama_rope({"type": "linear", "factor": 4.0})),
     "llama_rope_dynamic": _llama_rope({"type": "dynamic", "factor": 4.0}, max_position_embeddings=64),
     "llama_rope_llama3": _llama_rope(_LLAMA3),
-    "llama_rope_llama3_modern": modern_spelling(
-        _llama_rope(_LLAMA3, rope_theta=500000.0, tie_word_embeddings=True)
-    ),
+    "llama_rope_llama3_modern": modern_spelling(_llama_rope(_LLAMA3, rope_theta=500000.0, tie_word_embeddings=True)),
     "llama_rope_yarn": modern_spelling(_llama_rope(_YARN)),
     "llama_rope_yarn_attention_factor": _llama_rope(
         _YARN | {"attention_factor": 1.3, "beta_fast": 2.0, "beta_slow": 0.5}
@@ -440,9 +438,7 @@ def _write_weights(directory: Path, tensors: dict[str, np.ndarray], num_shards: 
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def write_model(
-    directory: Path, config: Config, *, seed: int = 0, dtype: str = "float32", num_shards: int = 1
-) -> None:
+def write_model(directory: Path, config: Config, *, seed: int = 0, dtype: str = "float32", num_shards: int = 1) -> None:
     """Write a complete model folder: config, generation config, weights and tokenizer.
 
     With ``num_shards`` > 1 the weights go to ``model-0000i-of-0000n.safetensors`` files and an index; the

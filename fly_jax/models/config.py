@@ -165,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or []
-    if len(names) == 1 and names[0] in ARCHITECTURES:
+    if isinstance(names, list) and len(names) == 1 and names[0] in list(ARCHITECTURES):
         return str(names[0])
     raise ConfigError(f"architecture {names} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
 
@@ -215,7 +215,7 @@ def _sliding_windows(raw: Mapping[str, Any], family: str) -> tuple[int | None, .
     window = _positive({"sliding_window": window}, "sliding_window")
     if (types := raw.get("layer_types")) is not None:
         known = {"full_attention": None, "sliding_attention": window}
-        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        if not isinstance(types, list) or len(types) != layers or any(t not in list(known) for t in types):
             raise ConfigError(f"config field layer_types={types!r} must name {layers} of {', '.join(known)}")
         return tuple(known[t] for t in types)
     if family == "mistral":

@@ -120,7 +120,7 @@ def positive_number(what: str, value: Any) -> float:
 
 
 def _option(name: str, value: Any) -> float:
-    if name == "truncate" and isinstance(value, bool):
+    if (name == "truncate" and isinstance(value, bool)) or (name.startswith("mscale") and value == 0):
         return float(value)
     return positive_number(f"rope_scaling option {name!r}", value)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fly_jax.kv_cache import KVCacheManager, KVCacheSpec
 from fly_jax.request import Request
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.tokenizer import Tokenizer
+from tests.tiny_models import CASES, tokenizer_config, tokenizer_json
 
 
 def make_request(
@@ -21,3 +25,12 @@ def make_request(
 def make_kv(num_blocks: int = 64, *, block_size: int = 4, kv_heads: int = 4, num_devices: int = 1) -> KVCacheManager:
     spec = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
     return KVCacheManager(spec, num_devices, base_tp=1)
+
+
+def make_tokenizer(folder: Path, **options: Any) -> Tokenizer:
+    """A byte-level tokenizer whose ids 0 to 255 are bytes; ``options`` go into its ``tokenizer_config.json``."""
+    config = CASES["llama_mha"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(config)), encoding="utf-8")
+    options = {name: value for name, value in (tokenizer_config(config) | options).items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
+    return Tokenizer(folder)

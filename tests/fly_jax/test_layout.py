@@ -119,12 +119,7 @@ def test_every_rank_reads_inside_the_shard_that_its_device_holds(num_devices: in
 
 @pytest.mark.parametrize("base_tp", BASE_TPS)
 def test_all_groups_are_those_that_some_layout_holds(base_tp: int) -> None:
-    held = {
-        DeviceGroup(start, size)
-        for size in (1, 2, 4, 8)
-        if size >= base_tp
-        for start in range(0, 8, size)
-    }
+    held = {DeviceGroup(start, size) for size in (1, 2, 4, 8) if size >= base_tp for start in range(0, 8, size)}
     groups = all_groups(8, base_tp)
     assert set(groups) == held
     assert len(groups) == len(held)

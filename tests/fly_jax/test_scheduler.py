@@ -112,7 +112,9 @@ def test_a_request_can_end_in_any_state(state: str) -> None:
 def test_a_prompt_that_could_never_run_is_refused_with_both_numbers() -> None:
     scheduler = make_scheduler("4", max_model_len=100)
     scheduler.check(99)
-    with pytest.raises(ContextLengthError, match="prompt has 100 tokens but the context holds 100.*shorten the prompt$"):
+    with pytest.raises(
+        ContextLengthError, match="prompt has 100 tokens but the context holds 100.*shorten the prompt$"
+    ):
         scheduler.check(100)
 
 

@@ -65,9 +65,7 @@ def _first_prompt(model_dir: Path, config: Config, seed: int) -> tuple[list[int]
 def case_entry(case: str, config: Config) -> dict[str, Any]:
     """The stored values of one case."""
     seed = zlib.crc32(case.encode()) << 32
-    second = random_token_ids(
-        LONG_PROMPT_LENGTHS.get(case, PROMPT_LENGTHS[1]), config["vocab_size"], seed=seed + 2**16
-    )
+    second = random_token_ids(LONG_PROMPT_LENGTHS.get(case, PROMPT_LENGTHS[1]), config["vocab_size"], seed=seed + 2**16)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = Path(folder)
         write_model(model_dir, config)

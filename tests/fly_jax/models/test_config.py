@@ -112,7 +112,16 @@ def test_the_dtype_is_read_in_both_spellings(spelling: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     "architectures",
-    [..., None, [], ["MixtralForCausalLM"], ["LlamaForCausalLM", "MistralForCausalLM"], ["llamaforcausallm"]],
+    [
+        ...,
+        None,
+        [],
+        ["MixtralForCausalLM"],
+        ["LlamaForCausalLM", "MistralForCausalLM"],
+        ["llamaforcausallm"],
+        [["x"]],
+        3,
+    ],
 )
 def test_an_unknown_architecture_is_refused_with_the_known_ones(architectures: Any) -> None:
     with pytest.raises(ConfigError, match=r"architecture .* is not supported; supported: LlamaForCausalLM, Mistral"):
@@ -171,6 +180,7 @@ def test_a_field_of_the_wrong_type_or_range_is_refused_by_name(family: str, fiel
         {"layer_types": ["sliding_attention", "full_attention", "chunked_attention"]},
         {"layer_types": "full_attention"},
         {"layer_types": 3},
+        {"layer_types": [["full_attention"]] * 3},
         {"max_window_layers": "2"},
         {"max_window_layers": -1},
     ],

@@ -1,0 +1,47 @@
+"""Programs of a model with the widths of an 8B Llama, compiled from shapes alone: no weights exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fly_jax.buckets import Buckets
+from fly_jax.device_groups import DeviceMeshes
+from fly_jax.executables import ExecutableKey, ProgramLowerer, ProgramShapes, StepKind
+from fly_jax.inspection import ProgramReport
+from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.layout import DeviceGroup
+from fly_jax.models.config import ModelConfig
+from fly_jax.models.sharding import model_spec
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0, "max_position_embeddings": 8192,
+}  # fmt: skip
+NUM_BLOCKS = 1237  # no other array has this many rows
+
+
+def shapes_of_8b(num_layers: int, max_tp: int) -> ProgramShapes:
+    config = ModelConfig.from_hf({**LLAMA_8B, "num_hidden_layers": num_layers})
+    spec = model_spec(config, max_tp, jnp.dtype("bfloat16"))
+    kv = KVCacheSpec(NUM_BLOCKS, 16, num_layers, spec.partition.kv_heads, config.head_dim, 2)
+    return ProgramShapes(spec, kv, Buckets.of(8, 128), jnp.dtype("bfloat16"), 8192, slots=9)
+
+
+def check_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int, kind: StepKind) -> ProgramReport:
+    """Compiles one backbone and asserts that it aliases the pool, copies no weight and has two all-reduces a layer."""
+    meshes = DeviceMeshes(devices, base_tp=1)
+    bucket = shapes.buckets.rows[-1] if kind is StepKind.DECODE else shapes.buckets.tokens[-1]
+    key = ExecutableKey(DeviceGroup(0, tp), kind, bucket)
+    report = ProgramReport.of(ProgramLowerer(shapes, meshes).lower(key).compile())
+    layers = shapes.model.config.num_layers
+    assert report.all_reduces == (0 if tp == 1 else 2 * layers)
+    assert report.aliased_bytes == shapes.kv.num_blocks * shapes.kv.block_bytes
+    assert report.new_arrays(shapes.kv.num_blocks * shapes.kv.block_elements) == []
+    for parameter in shapes.model.decoder.parameters:
+        if len(parameter.shape) == 2:
+            rows = parameter.shape[0] // (tp if parameter.sharded else 1)
+            assert report.new_arrays_shaped((rows, parameter.shape[1])) == [], parameter.name
+    return report

@@ -1,0 +1,120 @@
+"""The command line: what works, and that what does not is one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fly_jax.cli import main
+from tests.tiny_models import CASES, write_model
+
+TINY = ["--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--layouts", "2+2", "-O", "0"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    write_model(path, CASES["llama_gqa_tied"])
+    return path
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "/no/such/folder"], "/no/such/folder does not exist"),
+        (["generate", "/no/such/folder", "--prompt", "x"], "/no/such/folder does not exist"),
+        (["convert", "/no/such/folder", "/tmp/never"], "/no/such/folder"),
+        (["demo", "--url", "http://127.0.0.1:9"], "--url"),
+    ],
+)
+def test_a_missing_folder_or_server_is_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--port", "0"] if arguments[0] == "serve" else arguments) == 2
+    assert says in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sreve"], ["serve"], ["serve", "x", "--layuot", "2+2"], ["serve", "x", "--port", "p"]]
+)
+def test_a_typo_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "--help" in error_line(capsys)
+
+
+def test_a_layout_that_does_not_fit_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(folder), "--prompt", "x", "--devices", "4", "--layout", "3+1"]) == 2
+    assert "power of two" in error_line(capsys)
+
+
+def test_a_missing_tokenizer_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert main(["generate", str(folder), "--prompt", "x"]) == 2
+    assert "tokenizer.json is missing" in error_line(capsys)
+
+
+def test_weights_that_do_not_match_the_config_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    assert main(["generate", str(folder), "--prompt", "x", "--layouts", "4"]) == 2
+    assert "mlp" in error_line(capsys)
+
+
+def test_a_truncated_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["generate", str(folder), "--prompt", "x", "--layouts", "4"]) == 2
+    assert "model.safetensors" in error_line(capsys)
+
+
+def test_a_model_too_large_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(folder), "--prompt", "x", "--device-memory-bytes", "1000"]) == 2
+    assert "a device has 1,000" in error_line(capsys)
+
+
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(folder), "--port", port]) == 2
+    assert f"port {port}" in error_line(capsys)
+
+
+def test_a_converted_folder_generates_the_same_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = tmp_path / "prepared"
+    assert main(["convert", str(folder), str(prepared), "--max-tp", "4", "--quiet"]) == 0
+    texts = []
+    for model in (folder, prepared):
+        capsys.readouterr()
+        assert main(["generate", str(model), "--prompt", "hello", "--max-tokens", "8", "--quiet", *TINY]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("hello")
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["convert"], ["demo"]])
+def test_help_starts_no_jax(command: list[str]) -> None:
+    program = (
+        "import sys; from fly_jax.cli import main\n"
+        f"try: main({[*command, '--help']!r})\n"
+        "finally: assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: fly-jax" in done.stdout

@@ -1,0 +1,202 @@
+"""The running engine on a tiny model: switching, seeds, stopping, failing, and never compiling again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fly_jax import LLM, RequestOutput, SamplingParams
+from fly_jax.errors import ConfigError, ContextLengthError, InvalidRequestError, LayoutError, ModelTooLargeError
+from tests.support import small_llm
+from tests.tiny_models import CASES, random_token_ids, write_model
+
+LAYOUTS = ("1+1+1+1", "2+2", "4", "2+1+1", "1+1+2")
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=0)
+SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_k=40, top_p=0.95, seed=11, ignore_eos=True)
+PROMPT_LENGTHS = (3, 17, 33, 64, 120, 150)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_model(path, {**CASES["llama_gqa_tied"], "max_position_embeddings": 512})
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    # Two buckets of each kind.
+    with small_llm(folder, max_num_seqs=12, max_num_batched_tokens=192) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _back_to_the_first_layout(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "llm" in request.fixturenames:
+        request.getfixturevalue("llm").switch(LAYOUTS[0])
+
+
+def prompts() -> list[tuple[int, ...]]:
+    return [tuple(random_token_ids(length, 256, seed=length)) for length in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[RequestOutput]:
+    """Each prompt alone in a layout that never switches."""
+    llm.switch("1+1+1+1")
+    return [llm.generate(prompt, GREEDY)[0] for prompt in prompts()]
+
+
+def assert_same(outputs: list[RequestOutput], expected: list[RequestOutput]) -> None:
+    for output, reference in zip(outputs, expected, strict=True):
+        assert output.token_ids == reference.token_ids
+        got, want = ([token.logprob for token in each.logprobs] for each in (output, reference))
+        np.testing.assert_allclose(got, want, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_gives_in_every_layout_what_each_prompt_gives_alone(
+    llm: LLM, expected: list[RequestOutput], layout: str
+) -> None:
+    llm.switch(layout)
+    assert llm.layout == layout
+    assert_same(llm.generate(prompts(), GREEDY), expected)
+
+
+def test_requests_in_flight_finish_correctly_across_switches(llm: LLM, expected: list[RequestOutput]) -> None:
+    reports = []
+
+    def switch_around() -> None:
+        for layout in ("2+2", "4", "2+1+1", "1+1+1+1"):
+            reports.append(llm.switch(layout))
+
+    switcher = threading.Thread(target=switch_around)
+    switcher.start()
+    outputs = [llm.generate(prompts(), GREEDY) for _ in range(4)]
+    switcher.join()
+    for batch in outputs:
+        assert_same(batch, expected)
+    assert [report.target for report in reports] == ["2+2", "4", "2+1+1", "1+1+1+1"]
+    assert all(report.weight_bytes_moved == 0 for report in reports)
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch_and_layout(llm: LLM) -> None:
+    prompt = prompts()[2]
+    alone = llm.generate(prompt, SAMPLED)[0].token_ids
+    assert alone != llm.generate(prompt, replace(SAMPLED, seed=12))[0].token_ids
+    for layout in LAYOUTS:
+        llm.switch(layout)
+        crowd = [SAMPLED, *(replace(SAMPLED, seed=seed, top_k=0, temperature=1.3) for seed in range(7))]
+        assert llm.generate([prompt] * len(crowd), crowd)[0].token_ids == alone
+
+
+def test_unseeded_requests_differ_from_each_other(llm: LLM) -> None:
+    outputs = llm.generate([prompts()[0]] * 4, replace(SAMPLED, seed=None))
+    assert len({output.token_ids for output in outputs}) > 1
+
+
+def test_nothing_compiles_and_no_block_leaks_over_every_bucket_and_layout(llm: LLM) -> None:
+    for layout in LAYOUTS:
+        llm.switch(layout)
+        for batch in (1, 12, 40):
+            params = replace(GREEDY, max_tokens=3, prompt_logprobs=batch == 12)
+            llm.generate([prompts()[index % len(PROMPT_LENGTHS)] for index in range(batch)], params)
+    stats = llm.stats()
+    assert stats.compiles_after_warmup == 0
+    assert stats.free_blocks == (stats.num_blocks,) * 4
+    assert stats.running == stats.waiting == 0
+
+
+def test_scores_are_the_same_in_every_layout(llm: LLM) -> None:
+    tokens = random_token_ids(300, 256, seed=5)
+    reference = llm.score(tokens)
+    assert reference.shape == (299,)
+    for layout in LAYOUTS[1:]:
+        llm.switch(layout)
+        np.testing.assert_allclose(llm.score(tokens), reference, atol=2e-4, rtol=0)
+
+
+def test_sampled_log_probabilities_equal_teacher_forced_ones(llm: LLM, expected: list[RequestOutput]) -> None:
+    output = expected[3]
+    scored = llm.score([*output.prompt_token_ids, *output.token_ids])[len(output.prompt_token_ids) - 1 :]
+    np.testing.assert_allclose([token.logprob for token in output.logprobs], scored, atol=2e-4, rtol=0)
+
+
+def test_alternatives_are_ordered_and_hold_the_greedy_token(llm: LLM) -> None:
+    (output,) = llm.generate(prompts()[1], replace(GREEDY, logprobs=5))
+    for token in output.logprobs:
+        assert len(token.top) == 5
+        assert token.top[0] == (token.token_id, pytest.approx(token.logprob))
+        assert [value for _, value in token.top] == sorted((value for _, value in token.top), reverse=True)
+
+
+def test_a_full_pool_preempts_and_still_gives_the_right_tokens(folder: Path, llm: LLM) -> None:
+    crowd = [tuple(random_token_ids(17, 256, seed=seed)) for seed in range(8)]
+    params = replace(GREEDY, max_tokens=60)
+    # Eight requests of 77 tokens want five blocks of 16 each, and a device has 16.
+    with small_llm(folder, max_num_seqs=8, num_blocks=16, block_size=8, layouts=("4",)) as tight:
+        assert_same(tight.generate(crowd, params), llm.generate(crowd, params))
+        stats = tight.stats()
+        assert stats.preemptions > 0
+        assert stats.free_blocks == (16,) * 4
+
+
+@pytest.mark.parametrize("options", [{"overlap": False}, {"base_tp": 2, "layouts": ("2+2", "4")}])
+def test_the_plain_loop_and_a_base_degree_of_two_give_the_same(
+    folder: Path, expected: list[RequestOutput], options: dict[str, object]
+) -> None:
+    with small_llm(folder, **{"layouts": ("2+1+1",), **options}) as other:
+        assert_same(other.generate(prompts(), GREEDY), expected)
+        if "base_tp" in options:
+            other.switch("4")
+            assert_same(other.generate(prompts(), GREEDY), expected)
+            with pytest.raises(LayoutError, match="base TP 2"):
+                other.switch("1+1+1+1")
+
+
+def test_base_degree_is_found_from_the_memory_given(folder: Path) -> None:
+    with pytest.raises(ModelTooLargeError, match="a device has 1,000"):
+        small_llm(folder, device_memory_bytes=1000)
+    with pytest.raises(LayoutError, match="base TP 2"):
+        small_llm(folder, device_memory_bytes=400_000, num_blocks=2, layout="1+1+1+1")
+
+
+def test_bad_requests_are_refused_and_take_nobody_with_them(llm: LLM, expected: list[RequestOutput]) -> None:
+    with pytest.raises(ContextLengthError, match=r"600 tokens .* 512"):
+        llm.generate([[5] * 600], GREEDY)
+    with pytest.raises(InvalidRequestError, match="empty"):
+        llm.generate([[]], GREEDY)
+    with pytest.raises(InvalidRequestError, match="outside the vocabulary"):
+        llm.generate([[1, 10**6]], GREEDY)
+    with pytest.raises(LayoutError, match=r"uses 3 devices .* has 4"):
+        llm.switch("2+1")
+    assert_same(llm.generate(prompts(), GREEDY), expected)
+
+
+def test_the_context_limit_ends_a_request_with_length(llm: LLM) -> None:
+    (output,) = llm.generate([random_token_ids(500, 256, seed=1)], replace(GREEDY, max_tokens=None))
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 12
+
+
+def test_layouts_that_were_not_compiled_are_refused(folder: Path) -> None:
+    with small_llm(folder, layouts=("4",)) as narrow, pytest.raises(LayoutError, match="--layouts left out"):
+        narrow.switch("2+2")
+
+
+def test_more_devices_than_there_are_is_one_clear_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="already started with"):
+        small_llm(folder, devices=64)
+
+
+def test_bfloat16_stays_close_to_float32(folder: Path, llm: LLM) -> None:
+    tokens = random_token_ids(100, 256, seed=9)
+    with small_llm(folder, dtype="bfloat16", layouts=("2+1+1",)) as half:
+        difference = np.abs(half.score(tokens) - llm.score(tokens))
+    assert difference.mean() < 0.1

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+
+from fly_jax.engine import Engine
+from fly_jax.engine_thread import EngineThread
+from fly_jax.errors import ContextLengthError, EngineDeadError, LayoutError
+from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport
+from fly_jax.sampling_params import SamplingParams
+from tests.fly_jax.simulated_runner import expected_output, simulated_engine
+
+TIMEOUT = 30.0  # only ever reached by a thread that hangs
+PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
+
+
+class ScriptedEngine:
+    """Holds still in each step until told to go on, so that tests decide what happens between steps."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.entered, self.may_step = threading.Semaphore(0), threading.Semaphore(0)
+        self.held = held
+        self.failure: Exception | None = None
+        self.live: dict[str, int] = {}
+        self.target: str | None = None
+        self.last_switch: SwitchReport | None = None
+        self.layout = "1"
+        self.threads: set[str] = set()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live) or self.target is not None
+
+    @property
+    def switching(self) -> bool:
+        return self.target is not None
+
+    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        if len(prompt_ids) > 100:
+            raise ContextLengthError("too long", param="prompt")
+        assert params.max_tokens is not None
+        self.live[request_id] = params.max_tokens
+
+    def abort(self, request_id: str) -> RequestDelta | None:
+        if self.live.pop(request_id, None) is None:
+            return None
+        return RequestDelta(request_id, finish_reason=FinishReason.ABORT)
+
+    def parse_layout(self, text: str) -> str:
+        if not text.isdigit():
+            raise LayoutError(f"layout {text!r} is not understood")
+        return text
+
+    def begin_switch(self, text: str) -> None:
+        assert self.target is None
+        self.target = text
+
+    def step(self) -> list[RequestDelta]:
+        self.threads.add(threading.current_thread().name)
+        if self.held:
+            self.entered.release()
+            assert self.may_step.acquire(timeout=TIMEOUT)
+        if self.failure is not None:
+            raise self.failure
+        if self.target is not None:
+            self.last_switch = SwitchReport(self.layout, self.target, 0.0, 0.0)
+            self.layout, self.target = self.target, None
+        deltas = []
+        for name in list(self.live):
+            self.live[name] -= 1
+            reason = None if self.live[name] else FinishReason.LENGTH
+            deltas.append(RequestDelta(name, token_ids=(self.live[name],), finish_reason=reason))
+            if reason is not None:
+                del self.live[name]
+        return deltas
+
+    def go_on(self) -> None:
+        """Lets the step that has begun, and all that follow, run to their ends."""
+        self.held = False
+        self.may_step.release()
+
+    def wait_for_step(self) -> None:
+        assert self.entered.acquire(timeout=TIMEOUT)
+
+
+class Sink:
+    """Collects what a request gets."""
+
+    def __init__(self) -> None:
+        self.items: list[RequestDelta | EngineDeadError] = []
+        self.done = threading.Event()
+
+    def __call__(self, item: RequestDelta | EngineDeadError) -> None:
+        self.items.append(item)
+        if isinstance(item, EngineDeadError) or item.finish_reason is not None:
+            self.done.set()
+
+    def wait(self) -> list[RequestDelta | EngineDeadError]:
+        assert self.done.wait(TIMEOUT)
+        return self.items
+
+    def last_reason(self) -> FinishReason | None:
+        last = self.wait()[-1]
+        assert isinstance(last, RequestDelta)
+        return last.finish_reason
+
+
+@contextmanager
+def running(engine: ScriptedEngine | Engine) -> Iterator[EngineThread]:
+    thread = EngineThread(cast(Engine, engine))
+    try:
+        yield thread
+    finally:
+        if isinstance(engine, ScriptedEngine):
+            engine.go_on()
+        thread.shutdown()
+
+
+def submit(thread: EngineThread, name: str, params: SamplingParams = PARAMS) -> Sink:
+    sink = Sink()
+    thread.submit(name, [1, 2], params, sink).result(TIMEOUT)
+    return sink
+
+
+def fail_during_a_step(engine: ScriptedEngine, meanwhile: Callable[[], Any], error: Exception) -> Any:
+    """What ``meanwhile`` returns, called while the engine is in a step that then fails."""
+    engine.wait_for_step()
+    result = meanwhile()
+    engine.failure = error
+    engine.go_on()
+    return result
+
+
+def test_a_request_gets_its_deltas_in_order_and_one_end() -> None:
+    with running(ScriptedEngine()) as thread:
+        items = submit(thread, "a").wait()
+    assert [cast(RequestDelta, item).token_ids for item in items] == [(4,), (3,), (2,), (1,), (0,)]
+    assert [cast(RequestDelta, item).finish_reason for item in items] == [None] * 4 + [FinishReason.LENGTH]
+
+
+def test_all_work_happens_on_one_thread() -> None:
+    engine = ScriptedEngine()
+    with running(engine) as thread:
+        sinks = [submit(thread, f"r{i}") for i in range(5)]
+        for sink in sinks:
+            sink.wait()
+        names = {thread.call(lambda _: threading.current_thread().name).result(TIMEOUT) for _ in range(3)}
+    assert engine.threads == names
+    assert threading.current_thread().name not in names
+
+
+def test_a_refused_request_fails_its_own_future_alone() -> None:
+    with running(ScriptedEngine()) as thread:
+        refused, sink = Sink(), submit(thread, "good")
+        with pytest.raises(ContextLengthError, match="too long"):
+            thread.submit("bad", [0] * 101, PARAMS, refused).result(TIMEOUT)
+        assert sink.last_reason() is FinishReason.LENGTH
+        assert not refused.items
+        assert thread.is_alive
+
+
+def test_an_abort_ends_a_request_at_once_and_twice_is_once() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        sink = submit(thread, "a")
+        engine.wait_for_step()
+        aborts = [thread.abort("a"), thread.abort("a"), thread.abort("never seen")]
+        engine.go_on()
+        for abort in aborts:
+            abort.result(TIMEOUT)
+        assert sink.last_reason() is FinishReason.ABORT
+        assert len(sink.items) == 2
+        assert not engine.live
+
+
+def test_switches_follow_each_other_in_order() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        first = thread.switch("2")
+        engine.wait_for_step()
+        later = [thread.switch(text) for text in ("4", "1")]
+        engine.go_on()
+        reports = [future.result(TIMEOUT) for future in (first, *later)]
+    assert [(report.source, report.target) for report in reports] == [("1", "2"), ("2", "4"), ("4", "1")]
+
+
+def test_a_layout_that_is_not_understood_fails_its_own_future_alone() -> None:
+    with running(ScriptedEngine()) as thread:
+        with pytest.raises(LayoutError, match="not understood"):
+            thread.switch("nonsense").result(TIMEOUT)
+        assert thread.switch("2").result(TIMEOUT).target == "2"
+
+
+@pytest.mark.parametrize("layout", ["2", "nonsense"])
+def test_a_switch_whose_caller_has_gone_away_does_not_stop_the_engine(layout: str) -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        sink = submit(thread, "a")
+        engine.wait_for_step()
+        thread.switch(layout).cancel()
+        engine.go_on()
+        assert sink.last_reason() is FinishReason.LENGTH
+        assert thread.switch("4").result(TIMEOUT).target == "4"
+        assert thread.is_alive
+
+
+def test_a_caller_may_go_away_while_its_switch_is_under_way() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        abandoned = thread.switch("2")
+        engine.wait_for_step()
+        abandoned.cancel()
+        engine.go_on()
+        assert thread.switch("4").result(TIMEOUT).source == "2"
+        assert thread.is_alive
+
+
+def test_a_call_that_was_cancelled_in_time_is_not_made() -> None:
+    engine, calls = ScriptedEngine(held=True), []
+    with running(engine) as thread:
+        submit(thread, "a")
+        engine.wait_for_step()
+        assert thread.call(lambda _: calls.append("cancelled")).cancel()
+        engine.go_on()
+        thread.call(lambda _: calls.append("made")).result(TIMEOUT)
+    assert calls == ["made"]
+
+
+def test_a_call_that_raises_fails_its_own_future_alone() -> None:
+    def fail(_: Engine) -> None:
+        raise ZeroDivisionError("mine")
+
+    with running(ScriptedEngine()) as thread:
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            thread.call(fail).result(TIMEOUT)
+        assert submit(thread, "a").last_reason() is FinishReason.LENGTH
+
+
+def test_a_failed_step_ends_every_request_with_its_cause() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        sinks = [submit(thread, "a")]
+        error = RuntimeError("device lost")
+        switch = fail_during_a_step(engine, lambda: thread.switch("2"), error)
+        for sink in sinks:
+            last = sink.wait()[-1]
+            assert isinstance(last, EngineDeadError)
+            assert "device lost" in str(last)
+            assert last.__cause__ is error
+        with pytest.raises(EngineDeadError, match="device lost"):
+            switch.result(TIMEOUT)
+        assert not thread.is_alive
+
+
+def test_what_is_asked_for_while_the_engine_fails_is_answered_too() -> None:
+    """A request that is accepted after the last step must still get an end; nobody may wait for ever."""
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        submit(thread, "a")
+        late = Sink()
+
+        def ask() -> tuple[Future[None], Future[SwitchReport]]:
+            return thread.submit("late", [1], PARAMS, late), thread.switch("2")
+
+        submitted, switch = fail_during_a_step(engine, ask, RuntimeError("device lost"))
+        with pytest.raises(EngineDeadError):
+            switch.result(TIMEOUT)
+        if submitted.exception(TIMEOUT) is None:
+            assert isinstance(late.wait()[-1], EngineDeadError)
+        else:
+            assert isinstance(submitted.exception(), EngineDeadError)
+
+
+def test_everything_fails_at_once_after_the_end() -> None:
+    with running(ScriptedEngine()) as thread:
+        pass
+    assert not thread.is_alive
+    for future in (thread.abort("a"), thread.switch("2"), thread.submit("a", [1], PARAMS, Sink()), thread.stats()):
+        with pytest.raises(EngineDeadError, match="shut down"):
+            future.result(TIMEOUT)
+
+
+def test_shutdown_ends_live_requests_and_may_be_called_twice() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        sink = submit(thread, "a", SamplingParams(max_tokens=1000))
+        engine.wait_for_step()
+        stopper = threading.Thread(target=thread.shutdown)
+        stopper.start()
+        engine.go_on()
+        stopper.join(TIMEOUT)
+        thread.shutdown()
+        assert isinstance(sink.wait()[-1], EngineDeadError)
+
+
+def test_the_real_loop_serves_and_switches_under_load() -> None:
+    engine, _ = simulated_engine(layout="1+1+1+1")
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    with running(engine) as thread:
+        sinks = {i: Sink() for i in range(1, 13)}
+        for i, sink in sinks.items():
+            thread.submit(f"r{i}", [i], params, sink).result(TIMEOUT)
+        reports = [thread.switch(layout) for layout in ("2+2", "4", "dp4")]
+        assert [future.result(TIMEOUT).target for future in reports] == ["2+2", "4", "1+1+1+1"]
+        for i, sink in sinks.items():
+            tokens = [token for item in sink.wait() for token in cast(RequestDelta, item).token_ids]
+            assert tokens == expected_output([i], 20, ignore_eos=True)
+        assert engine.kv.usage == 0.0

@@ -1,0 +1,40 @@
+"""Compiled steps write the KV pool in place and never copy a weight: on CPU, and for a node of H200s."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from fly_jax.executables import StepKind
+from tests.fly_jax.programs import check_in_place, shapes_of_8b
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_steps_run_in_place_on_cpu(tp: int, kind: StepKind) -> None:
+    shapes = shapes_of_8b(num_layers=2, max_tp=4)
+    report = check_in_place(shapes, jax.devices()[:4], tp, kind)
+    if kind is StepKind.DECODE:
+        # Activations of eight rows are far smaller than any weight, so no weight-sized temporary hides in the total.
+        smallest = min(p.nbytes for p in shapes.model.decoder.parameters if p.sharded) // tp
+        assert report.temporary_bytes < smallest
+
+
+@pytest.mark.h200
+def test_steps_run_in_place_on_a_node_of_h200s() -> None:
+    if importlib.util.find_spec("jax_cuda12_plugin") is None and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("the CUDA plugin is not installed: make check-h200 installs it")
+    # A process of its own: the CUDA platform must be chosen before jax starts.
+    command = [sys.executable, "-m", "tests.fly_jax.h200_report"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {(r["tp"], r["kind"]) for r in reports} == {
+        (tp, kind) for tp in (1, 2, 4, 8) for kind in ("decode", "mixed")
+    }
+    print(done.stdout)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models
+
+from fly_jax.errors import CheckpointError, InvalidRequestError
+from fly_jax.tokenizer import MAX_TEMPLATE_OUTPUT, TextStream, Tokenizer
+from tests.fly_jax.builders import make_tokenizer
+from tests.tiny_models import BOS_ID, EOS_ID, IM_END_ID, IM_START_ID
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def render(folder: Path, template: Any, messages: list[dict[str, Any]] | None = None, **variables: Any) -> str:
+    tokenizer = make_tokenizer(folder, chat_template=template)
+    return tokenizer.apply_chat_template(MESSAGES if messages is None else messages, **variables)
+
+
+def stream_text(stream: TextStream, tokens: list[int]) -> str:
+    return "".join(stream.push(token) for token in tokens) + stream.flush()
+
+
+class TestTextStream:
+    @given(tokens=st.lists(st.integers(0, 283) | st.sampled_from(list("né€😀".encode())), max_size=30))
+    def test_any_tokens_give_the_text_that_they_decode_to(self, tokenizer: Tokenizer, tokens: list[int]) -> None:
+        assert stream_text(tokenizer.stream(True), tokens) == tokenizer.decode(tokens)
+        assert stream_text(tokenizer.stream(False), tokens) == tokenizer.decode(tokens, skip_special_tokens=False)
+
+    @given(text=st.text(max_size=30))
+    def test_encoded_text_comes_back_in_whole_characters(self, tokenizer: Tokenizer, text: str) -> None:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        stream, seen = tokenizer.stream(True), ""
+        for token in tokens:
+            seen += stream.push(token)
+            assert text.startswith(seen)
+        assert seen + stream.flush() == text
+
+    def test_a_flush_gives_nothing_twice(self, tokenizer: Tokenizer) -> None:
+        stream = tokenizer.stream(True)
+        assert [stream.push(token) for token in "é".encode()] == ["", "é"]
+        assert stream.flush() == ""
+        assert stream.push("é".encode()[0]) == ""
+        assert stream.flush() == "\ufffd"
+        assert stream.flush() == ""
+
+    @given(pieces=st.lists(st.sampled_from(["▁the", "▁", "cat", "\n", "é", "€", "😀"]), max_size=12))
+    def test_a_sentencepiece_vocabulary_keeps_its_spaces_and_byte_tokens(self, pieces: list[str]) -> None:
+        tokenizer = sentencepiece_tokenizer()
+        tokens = [token for piece in pieces for token in byte_fallback(tokenizer, piece)]
+        assert stream_text(TextStream(tokenizer, True), tokens) == tokenizer.decode(tokens)
+
+    @given(words=st.lists(st.sampled_from(["▁the", "▁", "cat", "<0xE2>", "<0x82>", "<0xAC>", "<0x0A>"]), max_size=12))
+    def test_byte_tokens_that_are_not_utf8_do_not_disturb_their_neighbours(self, words: list[str]) -> None:
+        tokenizer = sentencepiece_tokenizer()
+        text = stream_text(TextStream(tokenizer, True), [tokenizer.token_to_id(word) for word in words])
+        letters = [word.removeprefix("▁") for word in words if not word.startswith("<")]
+        assert "".join(letter for letter in text if letter in "thecat") == "".join(letters)
+
+    def test_a_token_may_turn_text_that_is_already_out_into_invalid_bytes(self) -> None:
+        tokenizer = sentencepiece_tokenizer()
+        stream = TextStream(tokenizer, True)
+        words = ["cat", "<0x0A>", "<0xE2>", "▁the"]
+        assert [stream.push(tokenizer.token_to_id(word)) for word in words] == ["cat", "\n", "", "\ufffd the"]
+
+
+def sentencepiece_tokenizer() -> HFTokenizer:
+    """Words, and a token for each byte, as in Llama 2 and Mistral."""
+    words = ["<unk>", "▁the", "▁", "cat", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = HFTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def byte_fallback(tokenizer: HFTokenizer, piece: str) -> list[int]:
+    """A word's token, or the tokens of its bytes."""
+    known = tokenizer.token_to_id(piece)
+    return [known] if known is not None else [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in piece.encode()]
+
+
+def test_special_tokens_are_read_in_text_and_added_only_when_asked_for(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [IM_START_ID, ord("a"), IM_END_ID]
+    assert tokenizer.encode("a") == [BOS_ID, ord("a")]
+    assert tokenizer.decode([IM_START_ID, ord("a")]) == "a"
+    assert tokenizer.decode([IM_START_ID, ord("a")], skip_special_tokens=False) == "<|im_start|>a"
+    assert tokenizer.token_id("<|eos|>") == EOS_ID
+    assert tokenizer.token_id("<|no such token|>") is None
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is missing"), ("{", "cannot be read"), ("{}", "cannot be")])
+def test_a_folder_without_a_usable_tokenizer_is_refused_by_path(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class TestChatTemplate:
+    def test_a_conversation_is_written_out_with_its_special_tokens(self, tokenizer: Tokenizer) -> None:
+        prompt = tokenizer.apply_chat_template(MESSAGES)
+        assert prompt == "<|bos|><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False).endswith("Hi<|im_end|>\n")
+
+    def test_a_model_without_a_template_says_what_to_use_instead(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(tmp_path, chat_template=None)
+        assert not tokenizer.has_chat_template
+        with pytest.raises(InvalidRequestError, match="no chat template: use /v1/completions") as caught:
+            tokenizer.apply_chat_template(MESSAGES)
+        assert caught.value.param == "messages"
+
+    def test_a_template_file_comes_before_the_config(self, tmp_path: Path) -> None:
+        (tmp_path / "chat_template.jinja").write_text("from the file")
+        assert render(tmp_path, "from the config") == "from the file"
+
+    def test_of_several_named_templates_the_default_is_taken(self, tmp_path: Path) -> None:
+        named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+        assert render(tmp_path, named) == "plain"
+
+    def test_blocks_leave_no_blank_lines(self, tmp_path: Path) -> None:
+        template = (
+            "{% for message in messages %}\n    {%- if true %}\n{{ message.content }}\n    {% endif %}\n{% endfor %}"
+        )
+        assert render(tmp_path, template, [{"content": "a"}, {"content": "b"}]) == "a\nb\n"
+
+    def test_loop_controls_and_extra_variables_are_there(self, tmp_path: Path) -> None:
+        template = (
+            "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}{{ x }}"
+        )
+        assert render(tmp_path, template, MESSAGES * 3, x=7) == "Hi7"
+
+    def test_a_template_may_refuse_messages(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequestError, match="refused the messages: roles must alternate") as caught:
+            render(tmp_path, "{{ raise_exception('roles must alternate') }}")
+        assert caught.value.param == "messages"
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            ("", '{"b": "é<", "a": 1}'),
+            ("indent=2", '{\n  "b": "é<",\n  "a": 1\n}'),
+            ("ensure_ascii=True", '{"b": "\\u00e9<", "a": 1}'),
+            ("sort_keys=True", '{"a": 1, "b": "é<"}'),
+            ("separators=(',', ':')", '{"b":"é<","a":1}'),
+        ],
+    )
+    def test_tojson_writes_plain_json_as_in_transformers(self, tmp_path: Path, arguments: str, expected: str) -> None:
+        assert render(tmp_path, f"{{{{ x | tojson({arguments}) }}}}", x={"b": "é<", "a": 1}) == expected
+
+    @pytest.mark.parametrize(
+        "expression",
+        [
+            "''.__class__.__mro__",
+            "''.__class__.__mro__[1].__subclasses__()",
+            "messages.__class__.__base__",
+            "messages.append(1)",
+            "messages[0].update(role='system')",
+            "messages[0].clear()",
+            "raise_exception.__globals__['json']",
+            "cycler.__init__.__globals__.os.popen('id').read()",
+            "lipsum.__globals__['os']",
+            "self.__init__.__globals__",
+            "''['__class__']['__mro__']",
+            "(''|attr('__class__')).__mro__",
+            "'{0.__class__.__mro__}'.format('')",
+            "'%s'|format(''.__class__.__mro__)",
+        ],
+    )
+    def test_the_sandbox_refuses_a_way_out(self, tmp_path: Path, expression: str) -> None:
+        messages = [{"role": "user", "content": "Hi"}]
+        with pytest.raises(InvalidRequestError, match="the chat template refused the messages"):
+            render(tmp_path, "{{ " + expression + " }}", messages)
+        assert messages == [{"role": "user", "content": "Hi"}]
+
+    def test_an_internal_attribute_is_never_shown(self, tmp_path: Path) -> None:
+        assert render(tmp_path, "[{{ ''.__class__ }}{{ messages.__len__ }}]") == "[]"
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ messages[5].content.strip() }}",
+            "{{ messages[0].content + 1 }}",
+            "{{ no_such_function() }}",
+            "{{ 1 / 0 }}",
+            "{{ messages[0].content.encode('ascii', 'x').decode(3) }}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{{ [1, 2] | map('no_such_filter') | list }}",
+            "{{ messages[0].content.index('zzz') }}",
+        ],
+    )
+    def test_any_failure_of_a_template_is_that_requests_error(self, tmp_path: Path, template: str) -> None:
+        with pytest.raises(InvalidRequestError, match="the chat template refused the messages") as caught:
+            render(tmp_path, template)
+        assert caught.value.param == "messages"
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}",
+            "{% for i in range(9000) %}{% for j in range(9000) %}{{ 'xxxxxxxx' * 64 }}{% endfor %}{% endfor %}",
+        ],
+    )
+    def test_output_is_bounded(self, tmp_path: Path, template: str) -> None:
+        with pytest.raises(InvalidRequestError, match=f"wrote more than {MAX_TEMPLATE_OUTPUT} characters"):
+            render(tmp_path, template)
+
+    def test_a_huge_range_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequestError, match="refused the messages: Range too big"):
+            render(tmp_path, "{% for i in range(1000000000) %}{% endfor %}")
+
+    @pytest.mark.parametrize("template", ["{% for %}", "{{ x", "{{ x | no_such_filter }}", "{% unknown %}"])
+    def test_a_template_that_is_not_jinja_is_a_broken_checkpoint(self, tmp_path: Path, template: str) -> None:
+        with pytest.raises(CheckpointError, match="chat template is not valid Jinja"):
+            make_tokenizer(tmp_path, chat_template=template)
+
+    def test_special_tokens_are_read_in_both_spellings(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer(
+            tmp_path,
+            bos_token={"content": "<B>", "lstrip": False},
+            pad_token=None,
+            chat_template="{{ bos_token }}|{{ pad_token }}",
+        )
+        assert tokenizer.apply_chat_template(MESSAGES) == "<B>|"
+
+
+def test_settings_that_are_no_json_object_are_refused_by_path(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(["not", "an", "object"]))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json holds list, expected a JSON object"):
+        Tokenizer(tmp_path)
