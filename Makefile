@@ -30,8 +30,9 @@ $(VENV)/.dev: $(BIN)/fly-jax
 serve: $(BIN)/fly-jax
 	$(BIN)/fly-jax serve $(MODEL) --devices $(DEVICES) --port $(PORT) --served-model-name $(NAME)
 
+# make demo URL=http://127.0.0.1:8000    the same at a running server
 demo: $(BIN)/fly-jax
-	$(BIN)/fly-jax demo
+	$(BIN)/fly-jax demo $(if $(URL),--url $(URL))
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not stress and not gpu and not h200 and not parity"
@@ -54,6 +55,11 @@ format: $(VENV)/.dev
 parity: $(VENV)/.dev
 	$(BIN)/python -c 'import torch, transformers' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch>=2.6' 'transformers>=4.57'
 	$(BIN)/python -m pytest -m parity
+
+# make golden    writes the golden values again (installs torch)
+golden: $(VENV)/.dev
+	$(BIN)/python -c 'import torch, transformers' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch>=2.6' 'transformers>=4.57'
+	$(BIN)/python -m tests.golden.make_golden
 
 # make check-h200    compiles the steps for a node of H200s; needs the CUDA plugin, no GPU
 check-h200: $(VENV)/.dev

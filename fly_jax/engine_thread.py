@@ -75,7 +75,10 @@ class EngineThread:
         done: Future[SwitchReport] = Future()
 
         def begin() -> None:
+            if not done.set_running_or_notify_cancel():  # from here on the caller cannot cancel it
+                return
             try:
+                self._check_running()
                 self._switches.append(_PendingSwitch(self._engine.parse_layout(layout), done))
             except Exception as error:
                 done.set_exception(error)
@@ -94,6 +97,7 @@ class EngineThread:
             if not done.set_running_or_notify_cancel():
                 return
             try:
+                self._check_running()
                 done.set_result(function(self._engine))
             except Exception as error:
                 done.set_exception(error)
@@ -143,9 +147,14 @@ class EngineThread:
             assert report is not None
             self._switching.done.set_result(report)
             self._switching = None
-        if self._switching is None and self._switches:
+        if self._switching is None and self._switches and not self._engine.switching:
             self._switching = self._switches.popleft()
             self._engine.begin_switch(str(self._switching.target))
+
+    def _check_running(self) -> None:
+        """Refuses a command that was queued while the engine failed: nothing would ever answer it."""
+        if self._failure is not None:
+            raise self._dead()
 
     def _deliver(self, delta: RequestDelta) -> None:
         sink = self._sinks.get(delta.request_id)

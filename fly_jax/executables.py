@@ -168,7 +168,9 @@ def compile_all(
         CompileError: naming the first program that failed.
     """
     started = time.perf_counter()
-    options: dict[str, Any] = {} if optimization_level is None else {"xla_backend_optimization_level": optimization_level}
+    options: dict[str, Any] = {}
+    if optimization_level is not None:
+        options["xla_backend_optimization_level"] = optimization_level
     programs: dict[ExecutableKey, jax.stages.Compiled] = {}
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="compile") as pool:
         futures = {}

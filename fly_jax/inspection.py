@@ -56,6 +56,7 @@ class ProgramReport:
     def of(cls, compiled: jax.stages.Compiled) -> ProgramReport:
         text = compiled.as_text() or ""
         memory = compiled.memory_analysis()
+        assert memory is not None, "this backend has no memory analysis"
         return cls(
             all_reduces=len(_ALL_REDUCE.findall(text)),
             aliased_bytes=memory.alias_size_in_bytes,

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchRepo
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices
 from fly_jax.progress import GenerationProgress, LoadProgress
 from fly_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from fly_jax.models.config import ModelConfig
 
 Prompt = str | Sequence[int]
 
@@ -89,6 +92,15 @@ class LLM:
             LayoutError: the layout does not fit the devices.
         """
         return self._thread.switch(layout).result()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens one request may hold, prompt and output."""
+        return self._model.plan.max_model_len
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._model.plan.model_config
 
     @property
     def layout(self) -> str:

@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 
-from serving.engine_client import read_stats
 from serving.errors import AUTHENTICATION, PERMISSION, ApiError
 from serving.middleware import bearer_token, same_secret
 from serving.protocol import LayoutRequest
@@ -45,7 +44,7 @@ async def require_admin(request: Request) -> None:
 
 @router.get("/layout")
 async def get_layout(request: Request) -> dict[str, Any]:
-    stats = await read_stats(state_of(request).engine)
+    stats = await state_of(request).engine.stats()
     last = None if stats.last_switch is None else dataclasses.asdict(stats.last_switch)
     return {"layout": stats.layout, "target_layout": stats.target_layout, "last_switch": last}
 

@@ -26,6 +26,10 @@ BUNDLED_MODEL = Path(__file__).parent.parent / "checkpoints" / "demo" / "model"
 LAYOUTS = ("1+1+1+1", "2+2", "4", "1+1+1+1")
 SECONDS_A_LAYOUT = 5.0
 FACTS = 60
+HEADINGS = (
+    "layout", "drain ms", "cutover ms", "finished", "recall right", "TTFT p50 ms", "gap p50 ms", "worst gap ms",
+    "tokens/s",
+)  # fmt: skip
 START_TIMEOUT_SECONDS = 600
 
 
@@ -196,7 +200,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 def _print_results(console: Console, phases: list[Phase], finished: list[Finished]) -> None:
     table = Table(title="What happened")
-    for heading in ("layout", "drain ms", "cutover ms", "finished", "recall right", "TTFT p50 ms", "gap p50 ms", "worst gap ms", "tokens/s"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     for index, phase in enumerate(phases):
         last = index == len(phases) - 1

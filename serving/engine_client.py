@@ -6,7 +6,7 @@ and positional where the name of an argument is nobody's business.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
@@ -84,21 +84,15 @@ class EngineClient(Protocol):
         """
         ...
 
-    def stats(self) -> EngineStats | Awaitable[EngineStats]:
-        """The counters; awaitable where they live on another thread."""
+    async def stats(self) -> EngineStats:
+        """The counters.
+
+        Raises:
+            EngineDeadError: they died with the engine.
+        """
         ...
 
     async def shutdown(self) -> None: ...
-
-
-async def read_stats(engine: EngineClient) -> EngineStats:
-    """The engine's counters, whichever way it has them.
-
-    Raises:
-        EngineDeadError: they died with the engine.
-    """
-    stats = engine.stats()
-    return stats if isinstance(stats, EngineStats) else await stats
 
 
 def _is_satisfied_by(engine: AsyncEngine) -> EngineClient:

@@ -7,7 +7,6 @@ from starlette.responses import Response
 
 from fly_jax import __version__
 from fly_jax.errors import EngineDeadError
-from serving.engine_client import read_stats
 from serving.responses import ModelCard, ModelList
 from serving.state import ServerState, state_of
 
@@ -33,7 +32,7 @@ async def load(request: Request) -> dict[str, int]:
 async def metrics(request: Request) -> Response:
     state = state_of(request)
     try:
-        stats = await read_stats(state.engine)
+        stats = await state.engine.stats()
     except EngineDeadError:
         # The latencies measured so far stay readable; /health says that the engine is gone.
         stats = None

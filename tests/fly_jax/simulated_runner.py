@@ -163,19 +163,18 @@ def simulated_engine(
     """The real engine, scheduler and block accounting over a simulated runner."""
     kv = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
     runner = SimulatedRunner(kv, base_tp, instant=instant)
-    model: Any = SimpleNamespace(
-        runner=runner,
+    plan = SimpleNamespace(
         config=SimpleNamespace(max_num_queued_reqs=max_queued, overlap=overlap, seed=0),
-        kv_spec=kv,
-        num_devices=num_devices,
-        base_tp=base_tp,
-        initial_layout=Layout.parse(layout, num_devices, base_tp),
-        limits=SchedulerLimits(max_num_seqs, max_num_batched_tokens),
-        max_model_len=max_model_len,
+        model_config=SimpleNamespace(vocab_size=VOCABULARY),
         tokenizer=SimpleNamespace(stream=lambda skip_special_tokens: _TextStream()),  # noqa: ARG005
         eos_token_ids=frozenset({EOS}),
+        devices=tuple(range(num_devices)),
+        base_tp=base_tp,
+        layout=Layout.parse(layout, num_devices, base_tp),
         groups=all_groups(num_devices, base_tp),
-        model_config=SimpleNamespace(vocab_size=VOCABULARY),
-        compiles=SimpleNamespace(count=0),
+        limits=SchedulerLimits(max_num_seqs, max_num_batched_tokens),
+        shapes=SimpleNamespace(kv=kv),
+        max_model_len=max_model_len,
     )
+    model: Any = SimpleNamespace(plan=plan, runner=runner, compiles=SimpleNamespace(count=0))
     return Engine(model), runner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -192,7 +193,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(row.count == 1 for row in plan.decodes)
         assert all(row.count >= 1 for row in plan.prefills)
 
-    def _watched(self, route: Any) -> Request | None:
+    def _watched(self, route: Callable[[], Request | None]) -> Request | None:
         """First come first served: who starts is the front of the queue, and the next one really cannot."""
         scheduler = self.engine.scheduler
         before = list(scheduler.waiting)

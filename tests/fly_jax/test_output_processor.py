@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ letters = st.text(alphabet="ab", max_size=12)
 
 def chunks(text: str) -> st.SearchStrategy[list[str]]:
     cuts = st.sets(st.integers(0, len(text))).map(lambda inner: sorted({0, len(text), *inner}))
-    return cuts.map(lambda edges: [text[a:b] for a, b in zip(edges, edges[1:], strict=False)])
+    return cuts.map(lambda edges: [text[a:b] for a, b in pairwise(edges)])
 
 
 def byte_tokens(text: str) -> list[int]:

@@ -61,7 +61,8 @@ def distribution(
     kept = order[: top_k or len(order)]
     mass = np.exp(scaled[kept] - scaled[kept].max())
     mass /= mass.sum()
-    chosen, reached = [], 0.0
+    chosen: list[int] = []
+    reached = 0.0
     for token, probability in zip(kept, mass, strict=True):
         if chosen and reached >= top_p:
             break
@@ -132,7 +133,15 @@ def test_greedy_rows_are_greedy_beside_rows_that_sample() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_seed_gives_the_same_token_at_any_place_in_any_batch(case: str) -> None:
     alone = [sample(LOGITS[:1], [make_row(draw, seed=9, **CASES[case])])[0] for draw in range(12)]
-    others = [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.5}, {}, {"temperature": 3.0}, {"seed": 9}]
+    others: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_k": 2},
+        {"top_p": 0.3},
+        {"min_p": 0.5},
+        {},
+        {"temperature": 3.0},
+        {"seed": 9},
+    ]
     for draw, expected in enumerate(alone):
         place = draw % ROWS
         rows = [make_row(50 + i, **{"seed": 100 + i, **options}) for i, options in enumerate(others)]

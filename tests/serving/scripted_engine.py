@@ -169,7 +169,7 @@ class ScriptedEngine:
         self.switch_reports.append(report)
         return report
 
-    def stats(self) -> EngineStats:
+    async def stats(self) -> EngineStats:
         return EngineStats(
             layout=self.layout,
             target_layout=None,

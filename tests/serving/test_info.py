@@ -127,10 +127,10 @@ def test_applications_count_apart(in_process: Client) -> None:
 class AwaitableStats(ScriptedEngine):
     """Statistics that live on another thread, and may be gone with it."""
 
-    async def stats(self) -> EngineStats:  # type: ignore[override]
+    async def stats(self) -> EngineStats:
         if not self.is_alive:
             raise EngineDeadError("the engine has stopped")
-        return super().stats()
+        return await super().stats()
 
 
 def test_statistics_may_be_awaited_and_may_be_gone(in_process: Client) -> None:

@@ -87,7 +87,7 @@ def test_a_missing_option_is_refused_by_name(kind: str, option: str) -> None:
 
 @pytest.mark.parametrize("scaling", ["linear", ["linear"], 2])
 def test_a_scaling_that_is_no_object_is_refused(scaling: Any) -> None:
-    with pytest.raises(ConfigError, match="rope_scaling=.* must be an object"):
+    with pytest.raises(ConfigError, match=r"rope_scaling=.* must be an object"):
         parse(scaling)
 
 
