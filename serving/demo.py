@@ -26,9 +26,10 @@ BUNDLED_MODEL = Path(__file__).parent.parent / "checkpoints" / "demo" / "model"
 LAYOUTS = ("1+1+1+1", "2+2", "4", "1+1+1+1")
 SECONDS_A_LAYOUT = 5.0
 FACTS = 60
+# The bundled model errs now and then by itself; lost or swapped KV would make most answers wrong.
+MODEL_RECALL = 0.9
 HEADINGS = (
-    "layout", "drain ms", "cutover ms", "finished", "recall right", "TTFT p50 ms", "gap p50 ms", "worst gap ms",
-    "tokens/s",
+    "layout", "drain", "cutover", "done", "recall", "TTFT", "gap", "worst", "tok/s",
 )  # fmt: skip
 START_TIMEOUT_SECONDS = 600
 
@@ -123,7 +124,7 @@ def run_demo(url: str | None, concurrency: int, admin_key: str | None) -> int:
     """Runs the demo and prints what happened.
 
     Returns:
-        0 if every request ended and every recall answer was right, else 1.
+        0 if every request ended and the recall answers were as good as the model is, else 1.
 
     Raises:
         ConfigError: the server cannot be reached or refuses to switch.
@@ -137,7 +138,8 @@ def run_demo(url: str | None, concurrency: int, admin_key: str | None) -> int:
         except httpx.HTTPError as error:
             raise ConfigError(f"{url} does not answer as a fly-jax server: {error!r}; check --url") from error
     _print_results(console, phases, finished)
-    return 0 if finished and all(request.correct is not False for request in finished) else 1
+    recalls = [request.correct for request in finished if request.correct is not None]
+    return 0 if recalls and sum(recalls) >= MODEL_RECALL * len(recalls) else 1
 
 
 async def _burst(
@@ -199,7 +201,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def _print_results(console: Console, phases: list[Phase], finished: list[Finished]) -> None:
-    table = Table(title="What happened")
+    table = Table(title="What happened (milliseconds; TTFT and gap between tokens are medians)")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     for index, phase in enumerate(phases):

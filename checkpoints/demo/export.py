@@ -38,7 +38,9 @@ def write_model(model_dir: Path, config: LlamaConfig, weights: Weights) -> None:
     )
     _write_json(model_dir / "generation_config.json", {"do_sample": False, **ids})
     rounded = {name: np.asarray(weight.astype(jnp.bfloat16)) for name, weight in weights.items()}
-    save_file(rounded, model_dir / "model.safetensors", metadata={"format": "pt"})
+    path = model_dir / "model.safetensors"
+    save_file(rounded, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # save_file makes it readable by its owner only
 
 
 def _write_json(path: Path, values: dict[str, object]) -> None:

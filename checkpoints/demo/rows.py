@@ -18,7 +18,7 @@ from checkpoints.demo import text
 from checkpoints.demo.tokenizer import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
 
 ANSWER_WEIGHT = 1.0
-STORY_WEIGHT = 0.2
+STORY_WEIGHT = 0.3
 FACT_TOKENS = 6  # "-", " Mira", ":", " red", " kite", "\n"
 QUESTION_TOKENS = 20  # an upper bound for a question with its answer, in either form
 SYSTEM_PROMPT_SHARE = 0.2
@@ -30,14 +30,6 @@ class Segment:
 
     text: str
     weight: float = 0.0
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Shares of the kinds of rows."""
-
-    recall: float  # of recall rows among all rows; the rest are stories and questions about them
-    repeat: float  # of repeated facts among recall rows; the rest ask questions
 
 
 @dataclass(frozen=True)
@@ -58,17 +50,7 @@ def recall_row(rng: random.Random, length: int, chat: bool) -> list[Segment]:
     return _conversation(rng, tasks[0].facts_text, questions, chat)
 
 
-def repeat_row(rng: random.Random, length: int) -> list[Segment]:
-    """One list of facts, then the same facts in another order, with the values as targets."""
-    num_facts = min(length // (2 * FACT_TOKENS), len(text.NAMES))
-    first, *others = text.recall_tasks(rng.getrandbits(64), num_facts, num_facts, "train")
-    segments = [Segment(BOS + first.facts_text)]
-    for task in (first, *others):
-        segments += [Segment(f"- {task.key}:"), Segment(f" {task.answer}", ANSWER_WEIGHT), Segment("\n")]
-    return segments
-
-
-def story_question_rows(rng: random.Random, chat: bool) -> list[Segment]:
+def story_question_row(rng: random.Random, chat: bool) -> list[Segment]:
     """A story and three questions about it."""
     tale = text.story(rng.getrandbits(64), "train")
     return _conversation(rng, tale.text + "\n", rng.sample(tale.questions, 3), chat)
@@ -83,9 +65,7 @@ def story_row(rng: random.Random, chat: bool) -> list[Segment]:
     return [Segment(BOS + _system(rng) + USER + tale.request + EOS + ASSISTANT), target]
 
 
-def _conversation(
-    rng: random.Random, context: str, questions: list[tuple[str, str]], chat: bool
-) -> list[Segment]:
+def _conversation(rng: random.Random, context: str, questions: list[tuple[str, str]], chat: bool) -> list[Segment]:
     """A context with questions and answers, in the chat form or the raw completion form."""
     segments = [Segment(BOS + (_system(rng) + USER if chat else "") + context)]
     for index, (question, answer) in enumerate(questions):
@@ -109,19 +89,19 @@ def _system(rng: random.Random) -> str:
     return SYSTEM + rng.choice(text.SYSTEM_PROMPTS) + EOS if rng.random() < SYSTEM_PROMPT_SHARE else ""
 
 
-def make_row(rng: random.Random, length: int, mixture: Mixture) -> list[Segment]:
+def make_row(rng: random.Random, length: int, recall_share: float) -> list[Segment]:
     """A row of a random kind; stories are packed until the row is full."""
     chat = rng.random() < 0.5
-    if rng.random() < mixture.recall:
-        return repeat_row(rng, length) if rng.random() < mixture.repeat else recall_row(rng, length, chat)
-    make = rng.choice((story_row, story_question_rows))
+    if rng.random() < recall_share:
+        return recall_row(rng, length, chat)
+    make = rng.choice((story_row, story_question_row))
     return [segment for _ in range(1 + length // 64) for segment in make(rng, rng.random() < 0.5)]
 
 
-def make_batch(tokenizer: Tokenizer, seed: str, rows: int, length: int, mixture: Mixture) -> Batch:
+def make_batch(tokenizer: Tokenizer, seed: str, rows: int, length: int, recall_share: float) -> Batch:
     """The batch of a seed: rows are cut at length + 1 tokens or padded to it."""
     rng = text.stream(seed, "train")
-    all_segments = [make_row(rng, length, mixture) for _ in range(rows)]
+    all_segments = [make_row(rng, length, recall_share) for _ in range(rows)]
     flat = [segment.text for segments in all_segments for segment in segments]
     encodings = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     tokens = np.full((rows, length + 1), tokenizer.token_to_id(PAD), np.int32)

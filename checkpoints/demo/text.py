@@ -8,8 +8,7 @@ A recall task is a list of facts, one a line, and a question about one of them:
 
     - Mira: red kite
     - Tom: old drum
-    Question: What does Mira have?
-    Answer: red kite
+    Question: What does Mira have? Answer: red kite
 
 Keys are drawn without replacement and values are drawn independently, so nothing but the prompt
 itself can tell the answer.
@@ -20,7 +19,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-NAMES: tuple[str, ...] = tuple(
+
+def _words(lines: str) -> tuple[str, ...]:
+    return tuple(lines.split())
+
+
+NAMES: tuple[str, ...] = _words(
     """
     Abel Ada Adam Agnes Alan Albert Alice Alma Amber Amos Amy Andy Anna Anton April Arlo Arthur Asher
     Astrid Aurora Ava Axel Barney Basil Beatrix Bella Ben Bertie Betty Bianca Billy Bonnie Boris Brad
@@ -36,35 +40,33 @@ NAMES: tuple[str, ...] = tuple(
     Miles Mina Mira Molly Mona Myra Nadia Nancy Nat Ned Neil Nell Nick Nina Noah Nora Norman Oliver Ophelia
     Orson Oscar Otis Otto Owen Paige Pam Pat Paul Pearl Penny Percy Peter Phil Piper Polly Quinn Ralph
     Ray Rex Rita Robin Rosa Roy Ruby Rufus Ruth Sally Sam Sara Scott Ted Tess Tim Toby Tom Vera Will Zoe
-    """.split()
+    """
 )
 
-ADJECTIVES: tuple[str, ...] = tuple(
+ADJECTIVES: tuple[str, ...] = _words(
     """
     red blue green black white gold silver pink brown gray old new big tiny long short round flat soft
     hard warm cold clean dirty wet dry fast slow loud quiet light heavy shiny dull sweet sour plain fancy
     broken lost magic wooden paper glass stone iron wool secret
-    """.split()
+    """
 )
 
-THINGS: tuple[str, ...] = tuple(
+THINGS: tuple[str, ...] = _words(
     """
     kite drum ball boat bell book cup hat coat key lamp map coin ring rope sled spoon fork plate bowl
     box bag basket blanket pillow chair table clock mirror candle pencil brush comb button scarf glove
     boot sock shirt belt whistle flute horn harp doll robot train truck wagon wheel ladder hammer bucket
     shovel broom flag tent lantern puzzle marble feather shell leaf jar
-    """.split()
+    """
 )
 
-ANIMALS: tuple[str, ...] = tuple(
-    "fox bear rabbit mouse cat dog duck frog pig goat hen owl deer horse lion tiger turtle squirrel".split()
+ANIMALS: tuple[str, ...] = _words(
+    "fox bear rabbit mouse cat dog duck frog pig goat hen owl deer horse lion tiger turtle squirrel"
 )
-TRAITS: tuple[str, ...] = tuple("kind brave clever funny shy gentle happy little young wise".split())
-PLACES: tuple[str, ...] = tuple(
-    "forest river garden beach market hill farm park lake meadow cave village".split()
-)
-WEATHERS: tuple[str, ...] = tuple("sunny rainy windy snowy cloudy foggy".split())
-FOODS: tuple[str, ...] = tuple("bread cheese soup cake honey apples berries nuts".split())
+TRAITS: tuple[str, ...] = _words("kind brave clever funny shy gentle happy little young wise")
+PLACES: tuple[str, ...] = _words("forest river garden beach market hill farm park lake meadow cave village")
+WEATHERS: tuple[str, ...] = _words("sunny rainy windy snowy cloudy foggy")
+FOODS: tuple[str, ...] = _words("bread cheese soup cake honey apples berries nuts")
 HIDING_PLACES: tuple[str, ...] = (
     "under a tree",
     "behind a rock",
@@ -124,20 +126,16 @@ def stream(seed: int | str, name: str = "eval") -> random.Random:
 
 def raw_question(question: str) -> str:
     """The raw completion form of a question, up to where the answer starts."""
-    return f"Question: {question}\nAnswer:"
+    return f"Question: {question} Answer:"
 
 
-def recall_tasks(
-    seed: int | str, num_facts: int, num_questions: int, stream_name: str = "eval"
-) -> list[RecallTask]:
+def recall_tasks(seed: int | str, num_facts: int, num_questions: int, stream_name: str = "eval") -> list[RecallTask]:
     """Questions about different facts of one shared list.
 
     num_facts is at most len(NAMES), and num_questions is at most num_facts.
     """
     rng = stream(seed, stream_name)
-    facts = tuple(
-        (name, f"{rng.choice(ADJECTIVES)} {rng.choice(THINGS)}") for name in rng.sample(NAMES, num_facts)
-    )
+    facts = tuple((name, f"{rng.choice(ADJECTIVES)} {rng.choice(THINGS)}") for name in rng.sample(NAMES, num_facts))
     return [RecallTask(facts, key, answer) for key, answer in rng.sample(facts, num_questions)]
 
 
@@ -147,9 +145,8 @@ def recall_prompt(seed: int | str, num_facts: int) -> RecallTask:
 
 
 def story_prompt(seed: int | str) -> str:
-    """The opening of a story, to be continued by the model: "Once upon a time there was a ..."."""
-    words = story(seed).text.split(" ")
-    return " ".join(words[:5])
+    """The first sentence of a story, for the model to continue: "Once upon a time there was ..."."""
+    return story(seed).text.partition(".")[0] + "."
 
 
 def story_question(seed: int | str) -> tuple[Story, str, str]:
@@ -179,7 +176,11 @@ def story(seed: int | str, stream_name: str = "eval") -> Story:
     return Story(
         text=" ".join((opening, walk, *middle, ending, "The end.")),
         request=rng.choice(
-            ("Tell me a story.", f"Tell me a story about {hero}.", f"Tell me a story about {hero} the {animal}.")
+            (
+                "Tell me a story.",
+                f"Tell me a story about {hero}.",
+                f"Tell me a story about {hero} the {animal}.",
+            )
         ),
         questions=(
             (f"Where did {hero} go?", f"the {place}"),
@@ -224,7 +225,7 @@ def _shared_food(rng: random.Random, hero: str, friend: str, friend_animal: str)
     )
     questions = (
         (f"What did {hero} have?", food),
-        (f"Who was hungry?", f"it was {friend}"),
+        ("Who was hungry?", f"it was {friend}"),
         (f"Where was {friend}?", where),
     )
     return sentences, questions

@@ -293,8 +293,7 @@ def test_every_switch_under_load_finishes_every_request_with_its_own_tokens(sour
     engine.begin_switch(target)
     kept = [group for group in Layout.parse(source, 4).groups if group in Layout.parse(target, 4).groups]
     assert set(engine.scheduler.dissolving) == set(Layout.parse(source, 4).groups) - set(kept)
-    while engine.has_work:
-        _collect(engine, outputs)
+    _run_until(lambda: not engine.has_work, lambda: _collect(engine, outputs))
     assert str(engine.layout) == target
     assert outputs == {n: expected_output(p, 20, ignore_eos=True) for n, p in prompts.items()}
     assert engine.kv.usage == 0.0
@@ -311,8 +310,7 @@ def test_groups_that_a_switch_keeps_go_on_while_others_drain() -> None:
     assert {plan.group.size for plan in runner.plans} == {1, 2}
     engine.begin_switch("1+1+1+1")
     launched = len(runner.plans)
-    while engine.switching:
-        engine.step()
+    _run_until(lambda: not engine.switching, engine.step)
     busy = Counter(plan.group for plan in runner.plans[launched:])
     assert all(busy[group] > 5 for group in Layout.parse("1+1+1+1", 4).groups if group.start >= 2)
     assert engine.scheduler.num_running == 2
@@ -323,8 +321,7 @@ def test_the_budget_is_given_to_decodes_first_and_the_rest_to_prompt_chunks() ->
     engine.add_request("short", [1, 2], SamplingParams(max_tokens=40, ignore_eos=True))
     engine.step()
     engine.add_request("long", [3] * 50, SamplingParams(max_tokens=2, ignore_eos=True))
-    while engine.has_work:
-        engine.step()
+    _run_until(lambda: not engine.has_work, engine.step)
     mixed = [plan for plan in runner.plans if plan.decodes and plan.prefills]
     assert [(row.start, row.count) for plan in mixed for row in plan.prefills] == [(0, 16), (16, 16), (32, 16), (48, 2)]
     assert all(round_up_to_tile(len(plan.decodes)) + 16 == 32 for plan in mixed)
@@ -334,3 +331,11 @@ def _collect(engine: Engine, outputs: dict[str, list[int]]) -> None:
     for delta in engine.step():
         assert delta.error is None
         outputs[delta.request_id].extend(delta.token_ids)
+
+
+def _run_until(done: Callable[[], bool], step: Callable[[], object]) -> None:
+    for _ in range(2000):
+        if done():
+            return
+        step()
+    raise AssertionError("no end after 2000 steps")

@@ -35,6 +35,14 @@ class Group:
         self.harvest(plan)
         return plan
 
+    def run_until_preemption(self) -> StepPlan:
+        """The step in which it happens."""
+        for _ in range(100):
+            plan = self.run()
+            if self.preempted:
+                return plan
+        raise AssertionError("nobody was preempted in 100 steps")
+
     def _preempt(self, request: Request) -> None:
         self.scheduler.remove(request)
         request.state = RequestState.WAITING
@@ -169,8 +177,7 @@ def test_decodes_that_run_out_of_blocks_preempt_the_latest_admitted() -> None:
     group = Group(make_kv(num_blocks=6), seqs=3)
     requests = [make_request(3, name=name, max_tokens=20) for name in "abc"]
     group.admit(*requests)
-    while not group.preempted:
-        group.run()
+    group.run_until_preemption()
     assert [request.request_id for request in group.preempted] == ["c"]
     assert [request.request_id for request in group.scheduler.running] == ["a", "b"]
     victim = requests[2]
@@ -182,19 +189,16 @@ def test_the_request_that_needs_the_block_is_its_own_victim_if_it_is_the_latest(
     group = Group(make_kv(num_blocks=3), seqs=2)
     old, new = make_request(3, name="old", max_tokens=9), make_request(3, name="new", max_tokens=9)
     group.admit(old, new)
-    plans = [group.run()]
-    while not group.preempted:
-        plans.append(group.run())
+    plan = group.run_until_preemption()
     assert group.preempted == [new]
-    assert [row.request for row in plans[-1].rows] == [old]
+    assert [row.request for row in plan.rows] == [old]
 
 
 def test_a_preempted_request_is_recomputed_from_all_its_tokens() -> None:
     group = Group(make_kv(num_blocks=6), seqs=3)
     requests = [make_request(3, name=name, max_tokens=20) for name in "abc"]
     group.admit(*requests)
-    while not group.preempted:
-        group.run()
+    group.run_until_preemption()
     victim, known = group.preempted[0], 3 + len(group.preempted[0].output_ids)
     for request in requests[:2]:
         group.scheduler.remove(request)
