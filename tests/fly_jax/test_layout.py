@@ -60,7 +60,8 @@ def test_canonical_text_is_read_back_as_the_same_layout(degrees: tuple[int, ...]
     [
         "", " ", "+", "1+", "+4", "1++1", "2,2", "2x2", "four", "-4", "1.0", "0x4", "4 4", "1+dp3", "dp2+tp2",
         "x", "xtp4", "dp4x", "dpxtp", "dp", "tp", "tp2xdp2", "dp-1", "dp2xxtp2", "dp2tp2", "dp2xtp2xtp1", "4;",
-        "\x00", "1e0", "4\n+", "\uff19", "dp\u0664", "tp²", "∞", "0", "0+4", "4+0", "dp0", "tp0", "dp0xtp0", "dp0xtp4", "dp4xtp0",
+        "\x00", "1e0",
+        "4\n+", "\uff19", "dp\u0664", "tp²", "∞", "0", "0+4", "4+0", "dp0", "tp0", "dp0xtp0", "dp0xtp4", "dp4xtp0",
         "9" * 400, "dp" + "9" * 400, "1+" * 4000 + "1", "1+" * 500 + "1", "dp99999", "dp9999",
     ],
 )  # fmt: skip
