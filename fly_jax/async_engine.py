@@ -11,7 +11,7 @@ from fly_jax.engine import Engine
 from fly_jax.engine_thread import EngineThread
 from fly_jax.errors import EngineDeadError
 from fly_jax.loader import LoadedModel, Progress, load_model
-from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
+from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.tokenizer import Tokenizer
 
@@ -97,13 +97,13 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         await asyncio.wrap_future(self._thread.abort(request_id))
 
-    async def switch(self, layout: str) -> SwitchReport:
+    async def switch(self, layout: str, strategy: str = "migrate") -> SwitchReport:
         """Goes to another layout while requests run.
 
         Raises:
             LayoutError: the layout does not fit the devices.
         """
-        report = await asyncio.wrap_future(self._thread.switch(layout))
+        report = await asyncio.wrap_future(self._thread.switch(layout, SwitchStrategy(strategy)))
         self._layout = report.target
         return report
 

@@ -44,7 +44,7 @@ class DeviceMeshes:
 
     def by_rank(self, group: DeviceGroup) -> NamedSharding:
         """First axis split over the ranks."""
-        return self.sharding(group, PartitionSpec(TP_AXIS))
+        return self.sharding(group, PartitionSpec(TP_AXIS, None))
 
     def put(self, group: DeviceGroup, rows: np.ndarray) -> Array:
         """Uploads ``rows [ranks, ...]``, one row to each rank."""

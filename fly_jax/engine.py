@@ -13,8 +13,9 @@ from fly_jax.group_scheduler import StepPlan
 from fly_jax.kv_cache import KVCacheManager
 from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.loader import LoadedModel
+from fly_jax.migration import MigrationTotals
 from fly_jax.output_processor import OutputProcessor
-from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport
+from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.request import Request, RequestState
 from fly_jax.runner import InFlightStep, RowResult
 from fly_jax.sampling_params import SamplingParams
@@ -217,37 +218,54 @@ class Engine:
             )
         return layout
 
-    def begin_switch(self, text: str) -> Layout:
-        """Starts going to another layout; :meth:`step` completes it once the groups concerned have drained.
+    def begin_switch(self, text: str, strategy: SwitchStrategy = SwitchStrategy.MIGRATE) -> Layout:
+        """Goes to another layout: at once, or with ``SEQUENTIAL`` once the groups concerned have drained.
 
         Raises:
-            LayoutError: the layout does not fit, or a switch is already under way.
+            LayoutError: the layout does not fit, a request does not fit it, or a switch is already under way.
         """
-        target = self.parse_layout(text)
-        self.scheduler.begin_switch(target)
-        self._switch_started = time.perf_counter()
-        logger.info("switch %s -> %s: draining %s", self.layout, target, [str(g) for g in self.scheduler.dissolving])
+        target, source = self.parse_layout(text), self.layout
+        started = time.perf_counter()
+        if strategy is SwitchStrategy.MIGRATE:
+            totals = self.scheduler.migrate(target, self.runner.relayout)
+            self._report_switch(source, strategy, 0.0, time.perf_counter() - started, totals)
+        else:
+            self.scheduler.begin_switch(target)
+            self._switch_started = started
+            logger.info("switch %s -> %s: draining %s", source, target, [str(g) for g in self.scheduler.dissolving])
         return target
 
     def _switch_if_drained(self) -> None:
         concerned = self.scheduler.dissolving
         if not self.scheduler.drained or any(self._in_flight[group] for group in concerned):
             return
-        drained = time.perf_counter()
-        source = str(self.layout)
+        drained, source = time.perf_counter(), self.layout
         self.scheduler.complete_switch()
-        done = time.perf_counter()
+        cutover = time.perf_counter() - drained
+        self._report_switch(
+            source, SwitchStrategy.SEQUENTIAL, drained - self._switch_started, cutover, MigrationTotals()
+        )
+
+    def _report_switch(
+        self, source: Layout, strategy: SwitchStrategy, drain: float, cutover: float, totals: MigrationTotals
+    ) -> None:
         self._counters["switches"] += 1
-        self._last_switch = SwitchReport(
-            source=source,
+        report = SwitchReport(
+            source=str(source),
             target=str(self.layout),
-            drain_seconds=drained - self._switch_started,
-            cutover_seconds=done - drained,
+            strategy=strategy,
+            drain_seconds=drain,
+            cutover_seconds=cutover,
+            requests_moved=totals.requests,
+            kv_bytes_moved=totals.bytes_moved,
+            kv_blocks_moved=totals.blocks_moved,
+            tokens_recomputed=totals.tokens_recomputed,
             requests_waiting=len(self.scheduler.waiting),
         )
+        self._last_switch = report
         logger.info(
-            "switch %s -> %s: drained in %.1f ms, cutover %.3f ms", source, self.layout,
-            1e3 * self._last_switch.drain_seconds, 1e3 * self._last_switch.cutover_seconds,
+            "switch %s -> %s (%s): drained in %.1f ms, cutover %.2f ms, %d requests and %d KV bytes moved",
+            report.source, report.target, strategy, 1e3 * drain, 1e3 * cutover, totals.requests, totals.bytes_moved,
         )  # fmt: skip
 
     # -- observation ------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from checkpoints import PreparedInfo, prepared_info
-from fly_jax.buckets import Buckets
 from fly_jax.config import EngineConfig
 from fly_jax.errors import CheckpointError, ConfigError, ModelTooLargeError
 from fly_jax.executables import ProgramShapes
@@ -71,9 +70,9 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     max_model_len = _max_model_len(config, model_config)
     kv_spec = _kv_spec(config, spec, max_model_len, memory, base_tp, devices)
     limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
-    buckets = Buckets.of(config.max_num_seqs, limits.tile_budget)
-    slots = config.max_num_seqs + 1
-    shapes = ProgramShapes(spec, kv_spec, buckets, spec.dtype, max_model_len, slots)
+    shapes = ProgramShapes(
+        spec, kv_spec, spec.dtype, max_model_len, config.max_num_seqs, limits.tile_budget, len(devices), base_tp
+    )
     eos = _eos_token_ids(folder)
     return EnginePlan(config, model_config, tokenizer, eos, devices, base_tp, layout, groups, limits, shapes)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fly_jax.engine import Engine
-from fly_jax.errors import EngineDeadError
+from fly_jax.errors import EngineDeadError, LayoutError
 from fly_jax.layout import Layout
-from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
+from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ Sink = Callable[[RequestDelta | EngineDeadError], None]
 @dataclass(frozen=True, slots=True)
 class _PendingSwitch:
     target: Layout
+    strategy: SwitchStrategy
     done: Future[SwitchReport]
 
 
@@ -70,7 +71,7 @@ class EngineThread:
 
         return self.call(end)
 
-    def switch(self, layout: str) -> Future[SwitchReport]:
+    def switch(self, layout: str, strategy: SwitchStrategy = SwitchStrategy.MIGRATE) -> Future[SwitchReport]:
         """Goes to another layout; switches asked for while one is under way follow in order."""
         done: Future[SwitchReport] = Future()
 
@@ -79,7 +80,7 @@ class EngineThread:
                 return
             try:
                 self._check_running()
-                self._switches.append(_PendingSwitch(self._engine.parse_layout(layout), done))
+                self._switches.append(_PendingSwitch(self._engine.parse_layout(layout), strategy, done))
             except Exception as error:
                 done.set_exception(error)
 
@@ -148,13 +149,20 @@ class EngineThread:
             self._switching.done.set_result(report)
             self._switching = None
         if self._switching is None and self._switches and not self._engine.switching:
-            self._switching = self._switches.popleft()
-            self._engine.begin_switch(str(self._switching.target))
+            self._begin(self._switches.popleft())
 
     def _check_running(self) -> None:
         """Refuses a command that was queued while the engine failed: nothing would ever answer it."""
         if self._failure is not None:
             raise self._dead()
+
+    def _begin(self, switch: _PendingSwitch) -> None:
+        try:
+            self._engine.begin_switch(str(switch.target), switch.strategy)
+        except LayoutError as error:
+            switch.done.set_exception(error)
+        else:
+            self._switching = switch
 
     def _deliver(self, delta: RequestDelta) -> None:
         sink = self._sinks.get(delta.request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,12 +16,14 @@ from jax.sharding import PartitionSpec
 from fly_jax import steps
 from fly_jax.batch import BackboneShape, chunk_blocks, sampling_layout, table_width
 from fly_jax.buckets import Buckets
+from fly_jax.device_arrays import BY_RANK
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.errors import CompileError
 from fly_jax.kv_cache import KVCacheSpec
-from fly_jax.kv_pool import POOL_PARTITION
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.sharding import ModelSpec, ModuleSpec
+from fly_jax.relayout import CHUNK_SLABS, exchange_layout, relayout
+from fly_jax.relayout_plan import HeadSplits, relayout_splits
 from kernels_pallas import KVLayout
 from kernels_pallas.paged import storage_dtype
 
@@ -37,17 +39,25 @@ class StepKind(StrEnum):
     MIXED = "mixed"
     HEAD = "head"
     SCORE = "score"
+    RELAYOUT = "relayout"
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutableKey:
-    """What a program is compiled for: the group, the kind of step and the bucket (rows or token places)."""
+    """What a program is compiled for: the group, the kind of step and the bucket (rows or token places).
+
+    Attributes:
+        splits: the degrees between which a relayout moves KV; its bucket is slabs between two devices.
+    """
 
     group: DeviceGroup
     kind: StepKind
     bucket: int
+    splits: HeadSplits | None = None
 
     def __str__(self) -> str:
+        if self.splits is not None:
+            return f"{self.kind}[{self.splits}] on {self.group}"
         return f"{self.kind}[{self.bucket}] on {self.group}"
 
 
@@ -56,39 +66,58 @@ class ProgramShapes:
     """The sizes that all programs of one engine agree on.
 
     Attributes:
-        slots: rows of a group's token table; one more than the most requests, the last for pad rows.
+        max_num_seqs: requests that a group of the base degree runs at once; wider groups run proportionally more.
+        slots: columns of a device's token table; one more than the most requests, the last for pad rows.
     """
 
     model: ModelSpec
     kv: KVCacheSpec
-    buckets: Buckets
     dtype: jnp.dtype
     max_model_len: int
-    slots: int
+    max_num_seqs: int
+    tile_budget: int
+    num_devices: int
+    base_tp: int
 
     @property
-    def sample_rows(self) -> int:
-        return self.buckets.rows[-1]
+    def slots(self) -> int:
+        return self.max_num_seqs * (self.num_devices // self.base_tp) + 1
+
+    def buckets(self, tp: int) -> Buckets:
+        return Buckets.of(self.max_num_seqs * tp // self.base_tp, self.tile_budget)
+
+    def sample_rows(self, tp: int) -> int:
+        return self.buckets(tp).rows[-1]
 
     def kv_layout(self, tp: int) -> KVLayout:
         return KVLayout(self.kv.block_shape(tp), chunk_blocks(self.kv, tp), self.dtype)
 
     def backbone(self, key: ExecutableKey) -> BackboneShape:
         mixed = key.kind is StepKind.MIXED
-        rows = self.sample_rows if mixed else key.bucket
+        sample_rows = self.sample_rows(key.group.size)
+        rows = sample_rows if mixed else key.bucket
         width = table_width(self.kv, self.max_model_len, key.group.size)
-        return BackboneShape(key.bucket, rows, width, self.sample_rows, mixed)
+        return BackboneShape(key.bucket, rows, width, sample_rows, mixed)
 
     def keys(self, group: DeviceGroup) -> Iterator[ExecutableKey]:
-        """Every program of one group."""
+        """Every step program of one group."""
+        buckets = self.buckets(group.size)
         for kind, sizes in (
-            (StepKind.DECODE, self.buckets.rows),
-            (StepKind.MIXED, self.buckets.tokens),
-            (StepKind.HEAD, self.buckets.rows),
-            (StepKind.SCORE, self.buckets.tokens),
+            (StepKind.DECODE, buckets.rows),
+            (StepKind.MIXED, buckets.tokens),
+            (StepKind.HEAD, buckets.rows),
+            (StepKind.SCORE, buckets.tokens),
         ):
             for size in sizes:
                 yield ExecutableKey(group, kind, size)
+
+    def relayout_keys(self, groups: Collection[DeviceGroup]) -> Iterator[ExecutableKey]:
+        """Every relayout between two of these groups."""
+        for group in groups:
+            for splits in relayout_splits(group, self.base_tp):
+                narrower = min(splits.source_tp, splits.target_tp)
+                if any(other.size == narrower and other.overlaps(group) for other in groups):
+                    yield ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
 
 
 class ProgramLowerer:
@@ -104,6 +133,9 @@ class ProgramLowerer:
             return jax.jit(steps.head(model, key.bucket, mesh), donate_argnums=2).lower(*arguments)
         if key.kind is StepKind.SCORE:
             return jax.jit(steps.score(model, mesh)).lower(*arguments)
+        if key.splits is not None:
+            move = relayout(self.shapes.kv, key.splits, self.shapes.slots, mesh)
+            return jax.jit(move, donate_argnums=(0, 1)).lower(*arguments)
         program = steps.backbone(model, self.shapes.kv_layout(key.group.size), self.shapes.backbone(key), mesh)
         return jax.jit(program, donate_argnums=1).lower(*arguments)
 
@@ -111,19 +143,21 @@ class ProgramLowerer:
         """Shapes, dtypes and shardings of the program's arguments."""
         shapes, group = self.shapes, key.group
         hidden_size = shapes.model.config.hidden_size
-        table = self._struct(group, (shapes.slots,), jnp.int32)
+        tables = self._struct(group, (group.size, shapes.slots), jnp.int32, BY_RANK)
         if key.kind is StepKind.HEAD:
-            hidden = self._struct(group, (shapes.sample_rows, hidden_size), shapes.dtype)
+            hidden = self._struct(group, (shapes.sample_rows(group.size), hidden_size), shapes.dtype)
             packed = self._struct(group, (1, sampling_layout(key.bucket).size), jnp.int32)
-            return self._leaves(group, shapes.model.head), hidden, table, packed
+            return self._leaves(group, shapes.model.head), hidden, tables, packed
         if key.kind is StepKind.SCORE:
             hidden = self._struct(group, (key.bucket, hidden_size), shapes.dtype)
             return self._leaves(group, shapes.model.head), hidden, self._struct(group, (key.bucket,), jnp.int32)
         pool_shape = (group.size * shapes.kv.num_blocks, shapes.kv.block_elements)
-        pool = self._struct(group, pool_shape, storage_dtype(shapes.dtype), POOL_PARTITION)
-        packed_shape = (group.size, shapes.backbone(key).layout.size)
-        packed = jax.ShapeDtypeStruct(packed_shape, jnp.int32, sharding=self.meshes.by_rank(group))
-        return self._leaves(group, shapes.model.decoder), pool, table, packed
+        pool = self._struct(group, pool_shape, storage_dtype(shapes.dtype), BY_RANK)
+        if key.kind is StepKind.RELAYOUT:
+            size = exchange_layout(group.size, shapes.slots).size
+            return pool, tables, self._struct(group, (group.size, size), jnp.int32, BY_RANK)
+        packed = self._struct(group, (group.size, shapes.backbone(key).layout.size), jnp.int32, BY_RANK)
+        return self._leaves(group, shapes.model.decoder), pool, tables, packed
 
     def _leaves(self, group: DeviceGroup, module: ModuleSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(self._struct(group, p.shape, p.dtype, p.partition) for p in module.parameters)

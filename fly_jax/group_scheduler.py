@@ -15,7 +15,11 @@ TILE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of one step of one group."""
+    """Bounds of one step of one group.
+
+    Attributes:
+        max_num_seqs: requests that a group of the base degree runs at once; wider groups run proportionally more.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -70,6 +74,19 @@ def round_up_to_tile(tokens: int) -> int:
     return -(-tokens // TILE_TOKENS) * TILE_TOKENS
 
 
+class SlotPool:
+    """Columns of the devices' token tables. A request keeps its slot whatever group it moves to."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count - 1, -1, -1))
+
+    def take(self) -> int:
+        return self._free.pop()
+
+    def give_back(self, slot: int) -> None:
+        self._free.append(slot)
+
+
 class GroupScheduler:
     """Continuous batching with chunked prefill for one group.
 
@@ -78,27 +95,24 @@ class GroupScheduler:
     latest-admitted request is preempted and later recomputed.
     """
 
-    def __init__(self, group: DeviceGroup, limits: SchedulerLimits, kv: KVCacheManager) -> None:
+    def __init__(self, group: DeviceGroup, limits: SchedulerLimits, kv: KVCacheManager, slots: SlotPool) -> None:
         self.group = group
         self.limits = limits
         self.kv = kv
+        self.slots = slots
+        self.max_running = limits.max_num_seqs * group.size // kv.base_tp
         self.running: list[Request] = []
-        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
-
-    @property
-    def has_free_slot(self) -> bool:
-        return bool(self._free_slots)
 
     def admit(self, request: Request) -> bool:
         """Starts a request here if a slot and the blocks of all its known tokens are free."""
-        if not self._free_slots:
+        if len(self.running) >= self.max_running:
             return False
         table = self.kv.new_table(self.group)
         reserve = self._decode_reserve()
         if self.kv.missing_blocks(table, request.num_known + 1) + reserve > self.kv.free_blocks(self.group):
             return False
         self.kv.grow(table, request.num_known + 1)
-        request.table, request.slot = table, self._free_slots.pop()
+        request.table, request.slot = table, self.slots.take()
         request.state = RequestState.RUNNING
         self.running.append(request)
         return True
@@ -110,7 +124,7 @@ class GroupScheduler:
         in a later launch, and each device runs its launches in order.
         """
         self.running.remove(request)
-        self._free_slots.append(request.slot)
+        self.slots.give_back(request.slot)
         request.slot = -1
         if request.table is not None:
             self.kv.release(request.table)

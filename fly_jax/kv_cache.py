@@ -32,6 +32,10 @@ class KVCacheSpec:
     def local_kv_heads(self, tp: int) -> int:
         return max(1, self.kv_heads // tp)
 
+    def first_kv_head(self, tp: int, rank: int) -> int:
+        """First KV head that a rank keeps; beyond ``kv_heads`` ranks, neighbours keep copies of one."""
+        return rank * self.kv_heads // tp
+
     def block_tokens(self, tp: int) -> int:
         """Tokens one block holds at degree ``tp``."""
         return self.base_block_size * self.kv_heads // self.local_kv_heads(tp)
@@ -47,6 +51,11 @@ class KVCacheSpec:
     def block_shape(self, tp: int) -> tuple[int, int, int, int, int]:
         """``[layers, 2 (key, value), kv_heads / tp, block_tokens, head_dim]``."""
         return (self.num_layers, 2, self.local_kv_heads(tp), self.block_tokens(tp), self.head_dim)
+
+    def slab_bytes(self, source_tp: int, target_tp: int) -> int:
+        """Bytes of the largest piece of a block that is whole in both head splits."""
+        fewest, most = sorted((self.local_kv_heads(source_tp), self.local_kv_heads(target_tp)))
+        return self.block_bytes * fewest // most
 
     def blocks_for(self, tokens: int, tp: int) -> int:
         """Blocks that each device of a group needs for this many tokens."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from fly_jax.config import EngineConfig
 from fly_jax.errors import EngineDeadError, InvalidRequestError
-from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport, TokenLogprob
+from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport, SwitchStrategy, TokenLogprob
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices
 from fly_jax.progress import GenerationProgress, LoadProgress
 from fly_jax.sampling_params import SamplingParams
@@ -85,13 +85,13 @@ class LLM:
         assert output.prompt_logprobs is not None
         return np.asarray(output.prompt_logprobs, np.float32)
 
-    def switch(self, layout: str) -> SwitchReport:
+    def switch(self, layout: str, strategy: str = "migrate") -> SwitchReport:
         """Changes the layout; callable from another thread while :meth:`generate` runs.
 
         Raises:
             LayoutError: the layout does not fit the devices.
         """
-        return self._thread.switch(layout).result()
+        return self._thread.switch(layout, SwitchStrategy(strategy)).result()
 
     @property
     def max_model_len(self) -> int:

@@ -11,10 +11,10 @@ import numpy as np
 
 from checkpoints import load_weights
 from fly_jax.config import EngineConfig
+from fly_jax.device_arrays import DeviceArrays
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.engine_plan import EnginePlan, plan_engine
 from fly_jax.executables import CompileCounter, ExecutableKey, ProgramLowerer, compile_all
-from fly_jax.kv_pool import KVPool
 from fly_jax.platform import cache_dir
 from fly_jax.runner import ModelRunner
 from fly_jax.weights import WeightsManager
@@ -49,6 +49,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     plan = plan_engine(config)
     compiles = CompileCounter()
     keys = [key for group in plan.groups for key in plan.shapes.keys(group)]
+    keys += plan.shapes.relayout_keys(plan.groups)
     runner = make_runner(plan, keys, report)
     runner.warm_up(lambda done, total: report("warming up", done, total))
     return LoadedModel(plan, runner, compiles)
@@ -62,7 +63,8 @@ def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: Progres
     """
     meshes = DeviceMeshes(plan.devices, plan.base_tp)
     weights = WeightsManager(plan.shapes.model, meshes, _load_host(plan, report))
-    pool = KVPool(plan.shapes.kv, meshes, storage_dtype(plan.shapes.dtype))
+    kv = plan.shapes.kv
+    pool = DeviceArrays(meshes, (kv.num_blocks, kv.block_elements), storage_dtype(plan.shapes.dtype))
     enable_compilation_cache()
     executables = compile_all(
         ProgramLowerer(plan.shapes, meshes),

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class SwitchStrategy(StrEnum):
+    """What becomes of requests in flight when the layout changes.
+
+    ``MIGRATE``: their KV is moved and they go on at once. ``SEQUENTIAL``: they end in the old layout first.
+    """
+
+    MIGRATE = "migrate"
+    SEQUENTIAL = "sequential"
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -79,17 +89,26 @@ class SwitchReport:
 
     Attributes:
         source, target: canonical layout texts.
-        drain_seconds: request to switch -> the concerned groups had no work left.
-        cutover_seconds: no work left -> new groups ready to launch.
+        strategy: how requests in flight were treated.
+        drain_seconds: time spent waiting for old work.
+        cutover_seconds: on the host, from the step boundary to new groups that can launch, relayouts launched.
         weight_bytes_moved: always 0: views are re-wrapped, never copied.
-        requests_waiting: requests that were queued while the switch drained.
+        requests_moved: requests that went on in another group.
+        kv_bytes_moved, kv_blocks_moved: what their relayout moved.
+        tokens_recomputed: of requests that had to give up their KV.
+        requests_waiting: requests that were queued when the switch completed.
     """
 
     source: str
     target: str
+    strategy: SwitchStrategy
     drain_seconds: float
     cutover_seconds: float
     weight_bytes_moved: int = 0
+    requests_moved: int = 0
+    kv_bytes_moved: int = 0
+    kv_blocks_moved: int = 0
+    tokens_recomputed: int = 0
     requests_waiting: int = 0
 
 

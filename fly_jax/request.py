@@ -48,6 +48,12 @@ class Request:
     finish_reason: FinishReason | None = None
 
     @property
+    def held_table(self) -> BlockTable:
+        """The block table of a request that has KV."""
+        assert self.table is not None
+        return self.table
+
+    @property
     def num_known(self) -> int:
         """Tokens whose ids the host knows."""
         return len(self.prompt_ids) + len(self.output_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,13 +19,15 @@ from fly_jax.batch import (
     sampled_rows,
 )
 from fly_jax.buckets import Buckets
+from fly_jax.device_arrays import DeviceArrays
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.errors import CompileError
 from fly_jax.executables import ExecutableKey, ExecutableTable, ProgramShapes, StepKind
 from fly_jax.group_scheduler import ScheduledRow, StepPlan
-from fly_jax.kv_pool import KVPool
 from fly_jax.layout import DeviceGroup
 from fly_jax.outputs import TokenLogprob
+from fly_jax.relayout import CHUNK_SLABS, pack_exchange
+from fly_jax.relayout_plan import HeadSplits, SlabMove, exchange_rounds
 from fly_jax.sampling_params import MAX_LOGPROBS
 from fly_jax.weights import WeightsManager
 
@@ -63,13 +65,12 @@ class RowResult:
     scores: tuple[float, ...] = ()
 
 
-@dataclass
-class GroupState:
-    """A group's arguments that outlive a step: weights as it sees them, and its slots' latest tokens."""
+@dataclass(frozen=True, slots=True)
+class GroupWeights:
+    """The weights as a group sees them."""
 
     decoder: tuple[Array, ...]
     head: tuple[Array, ...]
-    token_table: Array
 
 
 class ModelRunner:
@@ -80,14 +81,15 @@ class ModelRunner:
         shapes: ProgramShapes,
         meshes: DeviceMeshes,
         weights: WeightsManager,
-        pool: KVPool,
+        pool: DeviceArrays,
         executables: ExecutableTable,
     ) -> None:
         self.shapes, self.meshes = shapes, meshes
         self.weights, self.pool, self.executables = weights, pool, executables
-        self._groups: dict[DeviceGroup, GroupState] = {}
+        self.tokens = DeviceArrays(meshes, (1, shapes.slots), np.dtype(np.int32))
+        self._groups: dict[DeviceGroup, GroupWeights] = {}
         for group in sorted({key.group for key in executables.programs}):
-            self._groups[group] = GroupState(weights.decoder(group), weights.head(group), self._token_table(group))
+            self._groups[group] = GroupWeights(weights.decoder(group), weights.head(group))
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Starts a step and returns without waiting for it."""
@@ -97,7 +99,7 @@ class ModelRunner:
         rows = sampled_rows(plan)
         results = scores = None
         if rows:
-            bucket = Buckets.pick(self.shapes.buckets.rows, len(rows))
+            bucket = Buckets.pick(self.shapes.buckets(plan.group.size).rows, len(rows))
             sampling = pack_sampling(rows, bucket, pad_slot=self.shapes.slots - 1)
             results = self._run_head(ExecutableKey(plan.group, StepKind.HEAD, bucket), sample_hidden, sampling)
             results.copy_to_host_async()
@@ -122,6 +124,22 @@ class ModelRunner:
             RowResult(row, next(tokens) if row.samples else None, _read_scores(row, place, scores))
             for row, place in zip(step.plan.rows, places(step.plan), strict=True)
         ]
+
+    def relayout(
+        self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: Mapping[int, int]
+    ) -> int:
+        """Launches the moves of KV between two head splits inside a group's devices, without waiting.
+
+        Args:
+            token_devices: slot -> device that holds its latest token; every device of the group then has it.
+
+        Returns:
+            Bytes moved, those that stay on their device included.
+        """
+        key = ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
+        for round_moves in exchange_rounds(moves, CHUNK_SLABS):
+            self._run_relayout(key, round_moves, token_devices)
+        return len(moves) * self.shapes.kv.slab_bytes(splits.source_tp, splits.target_tp)
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Runs every program once and times it: sets up each group's collectives and the step-time table.
@@ -148,8 +166,11 @@ class ModelRunner:
         if key.kind in (StepKind.DECODE, StepKind.MIXED):
             empty = pack_backbone(StepPlan(group, (), ()), shapes.backbone(key))
             jax.block_until_ready(self._run_backbone(key, empty))
+        elif key.kind is StepKind.RELAYOUT:
+            self._run_relayout(key, [], {})
+            jax.block_until_ready(self.pool.take(group))
         elif key.kind is StepKind.HEAD:
-            hidden = self._zeros(group, (shapes.sample_rows, width))
+            hidden = self._zeros(group, (shapes.sample_rows(group.size), width))
             sampling = pack_sampling((), key.bucket, pad_slot=shapes.slots - 1)
             self._run_head(key, hidden, sampling).block_until_ready()
         else:
@@ -158,7 +179,7 @@ class ModelRunner:
             self.executables[key](self._groups[group].head, hidden, targets).block_until_ready()
 
     def _pack(self, plan: StepPlan) -> tuple[ExecutableKey, np.ndarray]:
-        buckets = self.shapes.buckets
+        buckets = self.shapes.buckets(plan.group.size)
         if plan.prefills:
             key = ExecutableKey(plan.group, StepKind.MIXED, Buckets.pick(buckets.tokens, plan.num_tiled_tokens))
         else:
@@ -169,20 +190,27 @@ class ModelRunner:
         state = self._groups[key.group]
         uploaded = self.meshes.put(key.group, packed)
         pool, hidden, sample_hidden = self.executables[key](
-            state.decoder, self.pool.take(key.group), state.token_table, uploaded
+            state.decoder, self.pool.take(key.group), self.tokens.take(key.group), uploaded
         )
         self.pool.put_back(key.group, pool)
         return hidden, sample_hidden
 
+    def _run_relayout(self, key: ExecutableKey, moves: Sequence[SlabMove], token_devices: Mapping[int, int]) -> None:
+        group, shapes = key.group, self.shapes
+        devices = group.rank_order(self.meshes.base_tp)
+        packed = pack_exchange(moves, devices, token_devices, shapes.slots, shapes.kv.num_blocks)
+        pool, tables = self.executables[key](
+            self.pool.take(group), self.tokens.take(group), self.meshes.put(group, packed)
+        )
+        self.pool.put_back(group, pool)
+        self.tokens.put_back(group, tables)
+
     def _run_head(self, key: ExecutableKey, hidden: Array, sampling: np.ndarray) -> Array:
         state = self._groups[key.group]
         uploaded = jax.device_put(sampling, self.meshes.replicated(key.group))
-        state.token_table, results = self.executables[key](state.head, hidden, state.token_table, uploaded)
+        tables, results = self.executables[key](state.head, hidden, self.tokens.take(key.group), uploaded)
+        self.tokens.put_back(key.group, tables)
         return results
-
-    def _token_table(self, group: DeviceGroup) -> Array:
-        zeros = np.zeros(self.shapes.slots, np.int32)
-        return jax.device_put(zeros, self.meshes.replicated(group), may_alias=False)
 
     def _zeros(self, group: DeviceGroup, shape: tuple[int, ...]) -> Array:
         return jax.device_put(np.zeros(shape, self.shapes.dtype), self.meshes.replicated(group))

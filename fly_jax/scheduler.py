@@ -6,12 +6,15 @@ The engine, the tests and simulations run this same object; it never looks at a 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from fly_jax.errors import ContextLengthError, LayoutError, QueueFullError
-from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, StepPlan
+from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan
 from fly_jax.kv_cache import KVCacheManager
 from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.migration import LaunchMoves, Migration, MigrationTotals
 from fly_jax.outputs import FinishReason
+from fly_jax.relayout_plan import Region, regions
 from fly_jax.request import Request, RequestState
 
 
@@ -35,6 +38,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.requests: dict[str, Request] = {}
         self.num_preemptions = 0
+        self.slots = SlotPool(limits.max_num_seqs * (len(kv.allocators) // kv.base_tp))
         self.groups: dict[DeviceGroup, GroupScheduler] = {}
         self._set_groups(layout)
 
@@ -127,6 +131,51 @@ class Scheduler:
             raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
         self.target = target
 
+    def migrate(self, target: Layout, launch: LaunchMoves) -> MigrationTotals:
+        """Takes ``target`` as the layout at once, moving every running request of the groups that change.
+
+        Raises:
+            LayoutError: another switch is under way, or a request holds more than any of its new groups can;
+                nothing has changed then.
+        """
+        if self.target is not None:
+            raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
+        changing = regions(self.layout, target)
+        for region in changing:
+            self._check_fits(region)
+        old = self.groups
+        moving = {
+            region: [request for group in region.sources for request in old[group].running] for region in changing
+        }
+        self.layout = target
+        self._set_groups(target)
+        totals = MigrationTotals()
+        for region in changing:
+            targets = [self.groups[group] for group in region.targets]
+            preempt = self._preempt_from({group: old[group] for group in region.sources})
+            done = Migration(region, targets, self.kv, launch, preempt).run(moving[region])
+            totals = totals + done
+        return totals
+
+    def _preempt_from(self, old: dict[DeviceGroup, GroupScheduler]) -> Callable[[Request], None]:
+        def preempt(request: Request) -> None:
+            old[request.held_table.group].remove(request)
+            request.state = RequestState.WAITING
+            self.waiting.appendleft(request)
+            self.num_preemptions += 1
+
+        return preempt
+
+    def _check_fits(self, region: Region) -> None:
+        capacity = self.kv.spec.capacity_tokens(max(group.size for group in region.targets))
+        for group in region.sources:
+            for request in self.groups[group].running:
+                if request.num_tokens >= capacity:
+                    raise LayoutError(
+                        f"request {request.request_id} holds {request.num_tokens} tokens but the widest new group on "
+                        f"its devices holds {capacity}: wait for it to end or keep a wider group there"
+                    )
+
     @property
     def dissolving(self) -> tuple[DeviceGroup, ...]:
         """Groups of the current layout that the target does not have."""
@@ -148,7 +197,9 @@ class Scheduler:
 
     def _set_groups(self, layout: Layout) -> None:
         kept = self.groups
-        self.groups = {group: kept.get(group) or GroupScheduler(group, self.limits, self.kv) for group in layout.groups}
+        self.groups = {
+            group: kept.get(group) or GroupScheduler(group, self.limits, self.kv, self.slots) for group in layout.groups
+        }
 
     def _group_of(self, request: Request) -> GroupScheduler:
         assert request.table is not None

@@ -15,15 +15,14 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from fly_jax.batch import BackboneShape, sampling_layout
+from fly_jax.device_arrays import BY_RANK
 from fly_jax.group_scheduler import TILE_TOKENS
-from fly_jax.kv_pool import POOL_PARTITION
 from fly_jax.models.llama import Decoder, LMHead
 from fly_jax.models.sharding import TP_AXIS, ModelSpec
 from fly_jax.sampling import SamplingRows, results, sample
 from kernels_pallas import KVLayout, paged_attention, write_kv
 
 _REPLICATED = PartitionSpec()
-_BY_RANK = PartitionSpec(TP_AXIS)
 
 
 @dataclass(frozen=True)
@@ -89,15 +88,15 @@ class PagedAttend:
 
 
 def backbone(spec: ModelSpec, layout: KVLayout, shape: BackboneShape, mesh: Mesh) -> Callable[..., tuple[Array, ...]]:
-    """``(leaves, pool, token_table, packed) -> (pool, hidden, sample_hidden)``.
+    """``(leaves, pool, token_tables, packed) -> (pool, hidden, sample_hidden)``.
 
-    ``pool [ranks * num_blocks, elements]`` is donated; ``token_table [slots]`` holds each slot's latest sampled
-    token; ``hidden [tokens, embed]`` and ``sample_hidden [sample_rows, embed]`` are normalised.
+    ``pool [ranks * num_blocks, elements]`` is donated; ``token_tables [ranks, slots]`` holds each slot's latest
+    sampled token, the same on every rank; ``hidden [tokens, embed]`` and ``sample_hidden [sample_rows, embed]`` are normalised.
     """
 
-    def rank_step(leaves: tuple[Array, ...], pool: Array, token_table: Array, packed: Array) -> tuple[Array, ...]:
+    def rank_step(leaves: tuple[Array, ...], pool: Array, token_tables: Array, packed: Array) -> tuple[Array, ...]:
         inputs = BackboneInputs(**shape.layout.unpack(packed[0]))
-        from_device = token_table[inputs.row_slots[inputs.token_rows]]
+        from_device = token_tables[0, inputs.row_slots[inputs.token_rows]]
         tokens = jnp.where(inputs.tokens < 0, from_device, inputs.tokens)
         attend = PagedAttend(spec, layout, shape, pool, inputs)
         decoder = cast(Decoder, spec.decoder.merge(leaves))
@@ -109,28 +108,28 @@ def backbone(spec: ModelSpec, layout: KVLayout, shape: BackboneShape, mesh: Mesh
     return jax.shard_map(
         rank_step,
         mesh=mesh,
-        in_specs=(weights, POOL_PARTITION, _REPLICATED, _BY_RANK),
-        out_specs=(POOL_PARTITION, _REPLICATED, _REPLICATED),
+        in_specs=(weights, BY_RANK, BY_RANK, BY_RANK),
+        out_specs=(BY_RANK, _REPLICATED, _REPLICATED),
         check_vma=False,
     )
 
 
 def head(spec: ModelSpec, rows: int, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
-    """``(leaves, sample_hidden, token_table, packed) -> (token_table, results)``; samples the first ``rows`` rows."""
+    """``(leaves, sample_hidden, token_tables, packed) -> (token_tables, results)``; samples the first ``rows`` rows."""
 
-    def rank_step(leaves: tuple[Array, ...], hidden: Array, token_table: Array, packed: Array) -> tuple[Array, Array]:
+    def rank_step(leaves: tuple[Array, ...], hidden: Array, tables: Array, packed: Array) -> tuple[Array, Array]:
         columns = sampling_layout(rows).unpack(packed[0])
         logits = _gather_logits(spec, mesh, leaves, hidden[:rows])
         tokens = sample(logits, SamplingRows.of(columns))
-        table = token_table.at[columns["slots"]].set(tokens)
-        return table, results(logits, tokens, columns["top_logprobs"])
+        tables = tables.at[0, columns["slots"]].set(tokens)
+        return tables, results(logits, tokens, columns["top_logprobs"])
 
     weights = tuple(parameter.partition for parameter in spec.head.parameters)
     return jax.shard_map(
         rank_step,
         mesh=mesh,
-        in_specs=(weights, _REPLICATED, _REPLICATED, _REPLICATED),
-        out_specs=(_REPLICATED, _REPLICATED),
+        in_specs=(weights, _REPLICATED, BY_RANK, _REPLICATED),
+        out_specs=(BY_RANK, _REPLICATED),
         check_vma=False,
     )
 
