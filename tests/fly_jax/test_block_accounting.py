@@ -147,6 +147,7 @@ class EngineMachine(RuleBasedStateMachine):
     def running_requests_have_a_slot_and_enough_blocks_on_their_group(self) -> None:
         scheduler, spec = self.engine.scheduler, self.engine.kv.spec
         assert set(scheduler.groups) == set(scheduler.layout.groups)
+        assert all(step.plan.group in scheduler.groups for step in self.runner.unread)
         running = []
         for group, local in scheduler.groups.items():
             slots = [request.slot for request in local.running]
@@ -314,6 +315,23 @@ def test_groups_that_a_switch_keeps_go_on_while_others_drain() -> None:
     busy = Counter(plan.group for plan in runner.plans[launched:])
     assert all(busy[group] > 5 for group in Layout.parse("1+1+1+1", 4).groups if group.start >= 2)
     assert engine.scheduler.num_running == 2
+
+
+def test_a_switch_waits_for_steps_in_flight_even_of_requests_that_have_gone() -> None:
+    engine, runner = simulated_engine(layout="4", instant=False)
+    engine.add_request("r", [1, 2], SamplingParams(max_tokens=9, ignore_eos=True))
+    engine.step()
+    engine.step()
+    assert len(runner.unread) == 2
+    engine.abort("r")
+    engine.begin_switch("2+2")
+    assert engine.scheduler.drained
+    engine.step()
+    assert len(runner.unread) == 1
+    assert engine.switching
+    engine.step()
+    assert not runner.unread
+    assert str(engine.layout) == "2+2"
 
 
 def test_the_budget_is_given_to_decodes_first_and_the_rest_to_prompt_chunks() -> None:

@@ -116,6 +116,16 @@ def test_a_prompt_chunk_equals_dense_attention_at_every_start(heads: int, group:
         np.testing.assert_allclose(result[row, :count], expected, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("window", [3, 9])
+def test_a_window_is_seen_whole_where_the_loop_starts_beyond_the_first_chunk(window: int) -> None:
+    lengths = (30, 32, 27)
+    pool = Pool(lengths, heads=2, dtype=DTYPES[1])
+    query = queries(3, 1, heads=2, group=3)
+    result = attend(pool, query, (1, 1, 1), window)
+    for row in range(3):
+        np.testing.assert_allclose(result[row], pool.expected(row, query[row], window), atol=2e-6, rtol=2e-5)
+
+
 def test_rows_without_queries_give_zeros_and_do_not_disturb_others() -> None:
     lengths = (0, 11, 0, 5)
     pool = Pool(lengths, heads=2, dtype=DTYPES[1])

@@ -140,6 +140,20 @@ def test_yarn_keeps_high_frequencies_and_interpolates_low_ones() -> None:
     assert np.any((ratio > 1.1) & (ratio < 3.9))
 
 
+@pytest.mark.parametrize(("truncate", "first", "last"), [(True, 4, 8), (False, 4.5, 7.5)])
+def test_yarn_blends_between_the_dimensions_that_turn_beta_fast_and_beta_slow_times(
+    truncate: bool, first: float, last: float
+) -> None:
+    dim, theta, original = 32, 10000.0, 4096
+    # The dimension that turns n times within the original context is dim * log(original / 2 pi n) / (2 log theta).
+    fast, slow = (original / (2 * math.pi) * theta ** (-2 * at / dim) for at in (4.5, 7.5))
+    scaling = {"rope_type": "yarn", "factor": 4.0, "beta_fast": fast, "beta_slow": slow, "truncate": truncate}
+    rope = parse(scaling | {"original_max_position_embeddings": original}, head_dim=dim)
+    plain = parse(head_dim=dim).inverse_frequencies().astype(np.float64)
+    share = np.clip((np.arange(dim // 2) - first) / (last - first), 0, 1)
+    np.testing.assert_allclose(rope.inverse_frequencies(), plain * (1 - share) + plain / 4.0 * share, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
