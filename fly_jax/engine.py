@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fly_jax.errors import InvalidRequestError, LayoutError
 from fly_jax.group_scheduler import StepPlan
 from fly_jax.kv_cache import KVCacheManager
-from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.layout import Layout
 from fly_jax.loader import LoadedModel
 from fly_jax.migration import MigrationTotals
 from fly_jax.output_processor import OutputProcessor
@@ -48,7 +48,7 @@ class Engine:
         )
         self.outputs = OutputProcessor(plan.tokenizer, plan.eos_token_ids)
         self._depth = STEPS_IN_FLIGHT if config.overlap else 1
-        self._in_flight: dict[DeviceGroup, deque[InFlightStep]] = {group: deque() for group in plan.groups}
+        self._in_flight: deque[InFlightStep] = deque()  # in order of launch
         self._seeds = random.Random(config.seed)
         self._switch_started = 0.0
         self._finished: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or any(self._in_flight.values())
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def _route(self) -> list[RequestDelta]:
         stranded = self.scheduler.route()
@@ -86,27 +86,36 @@ class Engine:
 
     def _schedule(self) -> list[StepPlan]:
         plans = []
+        launched = Counter(step.plan.group for step in self._in_flight)
         for group in self.scheduler.groups:
-            if len(self._in_flight[group]) < self._depth and (plan := self.scheduler.schedule(group)):
+            if launched[group] < self._depth and (plan := self.scheduler.schedule(group)):
                 plans.append(plan)
         return plans
 
     def _dispatch(self, plan: StepPlan) -> InFlightStep:
         step = self.runner.launch(plan)
-        self._in_flight[plan.group].append(step)
+        self._in_flight.append(step)
         self._counters["steps"] += 1
         return step
 
     def _ready_steps(self, block: bool) -> list[InFlightStep]:
-        """Steps whose results can be read, oldest first in each group; waits for one if ``block`` and none is."""
-        ready = []
-        for steps in self._in_flight.values():
-            while steps and (self._depth == 1 or steps[0].ready):
-                ready.append(steps.popleft())
-        if not ready and block:
-            oldest = next((steps for steps in self._in_flight.values() if steps), None)
-            if oldest:
-                ready.append(oldest.popleft())
+        """Takes the steps whose results can be read; waits for the oldest if ``block`` and none can.
+
+        A step is not read before an older one of the same request: after a switch its tokens come from steps of
+        several groups, which may share no device, and their order is the text's.
+        """
+        ready: list[InFlightStep] = []
+        blocked: set[Request] = set()
+        for step in self._in_flight:
+            requests = [row.request for row in step.plan.rows]
+            if blocked.isdisjoint(requests) and (self._depth == 1 or step.ready):
+                ready.append(step)
+            else:
+                blocked.update(requests)
+        if not ready and block and self._in_flight:
+            ready.append(self._in_flight[0])
+        for step in ready:
+            self._in_flight.remove(step)
         return ready
 
     def _harvest(self, step: InFlightStep) -> list[RequestDelta]:
@@ -237,7 +246,7 @@ class Engine:
 
     def _switch_if_drained(self) -> None:
         concerned = self.scheduler.dissolving
-        if not self.scheduler.drained or any(self._in_flight[group] for group in concerned):
+        if not self.scheduler.drained or any(step.plan.group in concerned for step in self._in_flight):
             return
         drained, source = time.perf_counter(), self.layout
         self.scheduler.complete_switch()

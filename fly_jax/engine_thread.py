@@ -157,12 +157,12 @@ class EngineThread:
             raise self._dead()
 
     def _begin(self, switch: _PendingSwitch) -> None:
+        self._switching = switch  # before the engine launches anything: if that fails, this switch is answered too
         try:
             self._engine.begin_switch(str(switch.target), switch.strategy)
         except LayoutError as error:
+            self._switching = None
             switch.done.set_exception(error)
-        else:
-            self._switching = switch
 
     def _deliver(self, delta: RequestDelta) -> None:
         sink = self._sinks.get(delta.request_id)

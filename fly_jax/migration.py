@@ -78,7 +78,7 @@ class Migration:
         """Moves the requests in rounds: a round uses only blocks that were free before it, and frees its sources.
 
         So no launch writes a block that another of the same round still reads. When not even one request can be
-        placed, the latest gives up its KV.
+        placed, one gives up its KV.
         """
         left = sorted(requests, key=lambda request: request.arrival)
         while left:
@@ -88,22 +88,36 @@ class Migration:
                 moved = {request for request, _ in placed}
                 left = [request for request in left if request not in moved]
             else:
-                victim = left.pop()
+                victim = self._victim(left)
+                left.remove(victim)
                 self.totals.tokens_recomputed += victim.num_computed
                 self.preempt(victim)
         for target in self.targets:
             target.running.sort(key=lambda request: request.arrival)
         return self.totals
 
+    def _victim(self, left: Sequence[Request]) -> Request:
+        """The latest on the device that is shortest of blocks: those of requests elsewhere would not help."""
+        short = min(self.region.group.device_indices, key=lambda device: self.kv.allocators[device].num_free)
+        on_it = [request for request in left if short in request.held_table.group.device_indices]
+        return (on_it or left)[-1]
+
     def _reserve(self, request: Request) -> BlockTable | None:
         """Room in the target group with most of it, and a place among its running requests; None if there is none."""
         needed = max(request.num_known, request.num_computed)
-        for target in sorted(self.targets, key=lambda t: (-self.kv.free_blocks(t.group), len(t.running))):
+        for target in sorted(self._eligible(request), key=lambda t: (-self.kv.free_blocks(t.group), len(t.running))):
             table = self.kv.new_table(target.group)
             if len(target.running) < target.max_running and self.kv.grow(table, needed):
                 target.running.append(request)
                 return table
         return None
+
+    def _eligible(self, request: Request) -> list[GroupScheduler]:
+        """Targets that hold the request to its end, or for as long as any of them does: a move cuts no answer short."""
+        spec = self.kv.spec
+        capacities = {target.group: spec.capacity_tokens(target.group.size) for target in self.targets}
+        end = min(len(request.prompt_ids) + request.max_tokens, max(capacities.values()))
+        return [target for target in self.targets if capacities[target.group] >= end]
 
     def _move(self, placed: Sequence[tuple[Request, BlockTable]]) -> None:
         spec, base_tp = self.kv.spec, self.kv.base_tp

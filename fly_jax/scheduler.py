@@ -6,7 +6,6 @@ The engine, the tests and simulations run this same object; it never looks at a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from fly_jax.errors import ContextLengthError, LayoutError, QueueFullError
 from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan
@@ -149,28 +148,26 @@ class Scheduler:
         }
         self.layout = target
         self._set_groups(target)
-        totals = MigrationTotals()
-        for region in changing:
-            targets = [self.groups[group] for group in region.targets]
-            preempt = self._preempt_from({group: old[group] for group in region.sources})
-            done = Migration(region, targets, self.kv, launch, preempt).run(moving[region])
-            totals = totals + done
-        return totals
+        totals, preempted = MigrationTotals(), []
 
-    def _preempt_from(self, old: dict[DeviceGroup, GroupScheduler]) -> Callable[[Request], None]:
         def preempt(request: Request) -> None:
             old[request.held_table.group].remove(request)
             request.state = RequestState.WAITING
-            self.waiting.appendleft(request)
-            self.num_preemptions += 1
+            preempted.append(request)
 
-        return preempt
+        for region in changing:
+            targets = [self.groups[group] for group in region.targets]
+            totals += Migration(region, targets, self.kv, launch, preempt).run(moving[region])
+        preempted.sort(key=lambda request: request.arrival)
+        self.waiting.extendleft(reversed(preempted))
+        self.num_preemptions += len(preempted)
+        return totals
 
     def _check_fits(self, region: Region) -> None:
         capacity = self.kv.spec.capacity_tokens(max(group.size for group in region.targets))
         for group in region.sources:
             for request in self.groups[group].running:
-                if request.num_tokens >= capacity:
+                if request.num_tokens + (not request.will_sample_no_more) > capacity:
                     raise LayoutError(
                         f"request {request.request_id} holds {request.num_tokens} tokens but the widest new group on "
                         f"its devices holds {capacity}: wait for it to end or keep a wider group there"

@@ -91,7 +91,8 @@ def backbone(spec: ModelSpec, layout: KVLayout, shape: BackboneShape, mesh: Mesh
     """``(leaves, pool, token_tables, packed) -> (pool, hidden, sample_hidden)``.
 
     ``pool [ranks * num_blocks, elements]`` is donated; ``token_tables [ranks, slots]`` holds each slot's latest
-    sampled token, the same on every rank; ``hidden [tokens, embed]`` and ``sample_hidden [sample_rows, embed]`` are normalised.
+    sampled token, the same on every rank; ``hidden [tokens, embed]`` and ``sample_hidden [sample_rows, embed]`` are
+    normalised.
     """
 
     def rank_step(leaves: tuple[Array, ...], pool: Array, token_tables: Array, packed: Array) -> tuple[Array, ...]:

@@ -22,9 +22,11 @@ def make_request(
     return Request(name, prompt_ids, SamplingParams(max_tokens=max_tokens, **params), max_tokens, seed, arrival=0.0)
 
 
-def make_kv(num_blocks: int = 64, *, block_size: int = 4, kv_heads: int = 4, num_devices: int = 1) -> KVCacheManager:
+def make_kv(
+    num_blocks: int = 64, *, block_size: int = 4, kv_heads: int = 4, num_devices: int = 1, base_tp: int = 1
+) -> KVCacheManager:
     spec = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
-    return KVCacheManager(spec, num_devices, base_tp=1)
+    return KVCacheManager(spec, num_devices, base_tp)
 
 
 def make_tokenizer(folder: Path, **options: Any) -> Tokenizer:

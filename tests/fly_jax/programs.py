@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fly_jax.buckets import Buckets
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.executables import ExecutableKey, ProgramLowerer, ProgramShapes, StepKind
 from fly_jax.inspection import ProgramReport
@@ -27,13 +26,16 @@ def shapes_of_8b(num_layers: int, max_tp: int) -> ProgramShapes:
     config = ModelConfig.from_hf({**LLAMA_8B, "num_hidden_layers": num_layers})
     spec = model_spec(config, max_tp, jnp.dtype("bfloat16"))
     kv = KVCacheSpec(NUM_BLOCKS, 16, num_layers, spec.partition.kv_heads, config.head_dim, 2)
-    return ProgramShapes(spec, kv, Buckets.of(8, 128), jnp.dtype("bfloat16"), 8192, slots=9)
+    return ProgramShapes(
+        spec, kv, jnp.dtype("bfloat16"), max_model_len=8192, max_num_seqs=8, tile_budget=128,
+        num_devices=max_tp, base_tp=1,
+    )  # fmt: skip
 
 
 def check_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int, kind: StepKind) -> ProgramReport:
     """Compiles one backbone and asserts that it aliases the pool, copies no weight and has two all-reduces a layer."""
     meshes = DeviceMeshes(devices, base_tp=1)
-    bucket = shapes.buckets.rows[-1] if kind is StepKind.DECODE else shapes.buckets.tokens[-1]
+    bucket = shapes.buckets(tp).rows[0] if kind is StepKind.DECODE else shapes.buckets(tp).tokens[-1]
     key = ExecutableKey(DeviceGroup(0, tp), kind, bucket)
     report = ProgramReport.of(ProgramLowerer(shapes, meshes).lower(key).compile())
     layers = shapes.model.config.num_layers

@@ -6,22 +6,27 @@ Launches take effect at once and in order, as on a device. Their results reach t
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+
+import numpy as np
 
 from fly_jax.engine import Engine
 from fly_jax.group_scheduler import ScheduledRow, SchedulerLimits, StepPlan
-from fly_jax.kv_cache import BlockTable, KVCacheSpec
+from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups
 from fly_jax.outputs import TokenLogprob
+from fly_jax.relayout_plan import HeadSplits, SlabMove, SlabPlace, exchange_rounds
+from fly_jax.request import Request
 from fly_jax.runner import RowResult
 
 VOCABULARY = 64
 EOS = 0
+CHUNK_SLABS = 2  # few, so that most relayouts take several launches
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -53,45 +58,51 @@ class SimulatedStep:
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """One token's KV on one device; ``table`` tells lives of a request apart."""
+class Relayout:
+    """One call of :meth:`SimulatedRunner.relayout`."""
 
-    table: BlockTable
-    position: int
-    token: int
+    group: DeviceGroup
+    splits: HeadSplits
+    moves: tuple[SlabMove, ...]
+    token_devices: dict[int, int]
 
 
 class SimulatedRunner:
     """Stands in for :class:`fly_jax.runner.ModelRunner`.
+
+    A device's pool is ``[blocks, heads * tokens, 4]``: one record ``(life, KV head, position, token)`` for each head
+    and token, in the order in which a block holds them at the degree that wrote it. A life is a request from one
+    start of its prompt to the next. Every device has its own table of latest tokens, as on devices.
 
     Args:
         instant: results reach the host at once; otherwise when a test says so or the engine waits for them.
 
     Attributes:
         plans: every plan launched, oldest first.
+        relayouts: every relayout launched, oldest first.
         unread: launched steps that are not harvested.
     """
 
-    def __init__(self, kv: KVCacheSpec, base_tp: int, *, instant: bool) -> None:
+    def __init__(self, kv: KVCacheSpec, num_devices: int, base_tp: int, num_slots: int, *, instant: bool) -> None:
         self.instant = instant
         self.plans: list[StepPlan] = []
+        self.relayouts: list[Relayout] = []
         self.unread: list[SimulatedStep] = []
-        self._kv, self._base_tp = kv, base_tp
-        self._pool: dict[tuple[int, int, int], _Cell] = {}
-        self._slot_tokens: dict[DeviceGroup, dict[int, int]] = defaultdict(dict)
+        self.kv, self._base_tp = kv, base_tp
+        self._pools = np.full((num_devices, kv.num_blocks, kv.kv_heads * kv.base_block_size, 4), -1)
+        self._tokens = np.full((num_devices, num_slots), -1)
+        self._lives: dict[Request, int] = {}
+        self._new_life = itertools.count()
 
     def launch(self, plan: StepPlan) -> SimulatedStep:
-        latest = self._slot_tokens[plan.group]
         for row in plan.rows:
-            for position in range(row.start, row.start + row.count):
-                token = row.request.token_at(position)
-                self._write(row, position, latest[row.slot] if token < 0 else token)
+            self._write(row)
         contexts = [self._read(row) for row in plan.rows]
         results = [_result(row, seen) for row, seen in zip(plan.rows, contexts, strict=True)]
-        step = SimulatedStep(plan, results, ready=self.instant)
-        for result in step.results:
+        for result in results:
             if result.token is not None:
-                latest[result.row.slot] = result.token.token_id
+                self._tokens[plan.group.device_indices, result.row.slot] = result.token.token_id
+        step = SimulatedStep(plan, results, ready=self.instant)
         self.plans.append(plan)
         self.unread.append(step)
         return step
@@ -100,29 +111,70 @@ class SimulatedRunner:
         self.unread.remove(step)
         return step.results
 
-    def _places(self, table: BlockTable, position: int) -> list[tuple[int, int, int]]:
-        block, offset = divmod(position, self._kv.block_tokens(table.group.size))
-        devices = table.group.rank_order(self._base_tp)
-        return [(device, row[block], offset) for device, row in zip(devices, table.rows, strict=True)]
+    def relayout(
+        self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: Mapping[int, int]
+    ) -> int:
+        self.relayouts.append(Relayout(group, splits, tuple(moves), dict(token_devices)))
+        for round_moves in exchange_rounds(moves, CHUNK_SLABS):
+            # All reads come before all writes, as in the device program.
+            slabs = [self._slab(group, splits.source_tp, splits, move.source).copy() for move in round_moves]
+            for move, slab in zip(round_moves, slabs, strict=True):
+                self._slab(group, splits.target_tp, splits, move.target)[:] = slab
+            latest = {slot: self._tokens[device, slot] for slot, device in token_devices.items()}
+            assert set(token_devices.values()) <= set(group.device_indices)
+            for slot, token in latest.items():
+                self._tokens[group.device_indices, slot] = token
+        return len(moves) * self.kv.slab_bytes(splits.source_tp, splits.target_tp)
 
-    def _write(self, row: ScheduledRow, position: int, token: int) -> None:
-        assert row.request.table is not None
-        for place in self._places(row.request.table, position):
-            self._pool[place] = _Cell(row.request.table, position, token)
+    def _slab(self, group: DeviceGroup, tp: int, splits: HeadSplits, place: SlabPlace) -> np.ndarray:
+        """A slab's records ``[heads, tokens, 4]``, as a view of the pool."""
+        assert place.device in group.device_indices
+        degrees = (splits.source_tp, splits.target_tp)
+        heads = min(self.kv.local_kv_heads(degree) for degree in degrees)
+        tokens = min(self.kv.block_tokens(degree) for degree in degrees)
+        head_parts, token_parts = self.kv.local_kv_heads(tp) // heads, self.kv.block_tokens(tp) // tokens
+        block = self._pools[place.device, place.block].reshape(head_parts, heads, token_parts, tokens, 4)
+        return block[0, :, place.part] if token_parts > 1 else block[place.part, :, 0]
+
+    def _block(self, tp: int, device: int, block: int) -> np.ndarray:
+        """A block's records ``[heads, tokens, 4]`` as a step of this degree sees them, as a view of the pool."""
+        shape = (self.kv.local_kv_heads(tp), self.kv.block_tokens(tp), 4)
+        return self._pools[device, block].reshape(shape)
+
+    def _heads(self, tp: int, rank: int) -> range:
+        first = self.kv.first_kv_head(tp, rank)
+        return range(first, first + self.kv.local_kv_heads(tp))
+
+    def _write(self, row: ScheduledRow) -> None:
+        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.size
+        if row.start == 0:
+            self._lives[request] = next(self._new_life)
+        for rank, device in enumerate(table.group.rank_order(self._base_tp)):
+            for position in range(row.start, row.start + row.count):
+                token = request.token_at(position)
+                if token < 0:
+                    token = self._tokens[device, row.slot]
+                block, offset = divmod(position, self.kv.block_tokens(tp))
+                records = self._block(tp, device, table.rows[rank][block])
+                for index, head in enumerate(self._heads(tp, rank)):
+                    records[index, offset] = (self._lives[request], head, position, token)
 
     def _read(self, row: ScheduledRow) -> list[int]:
-        """The row's context from the pool; every rank must hold it."""
-        table = row.request.table
-        assert table is not None
-        tokens = []
-        for position in range(row.start + row.count):
-            cells = [self._pool.get(place) for place in self._places(table, position)]
-            for cell in cells:
-                assert cell is not None, f"{row.request.request_id} reads position {position} that nobody wrote"
-                assert cell.table is table, f"{row.request.request_id} reads KV that is not its own at {position}"
-                assert cell.position == position
-            tokens.append(cast(_Cell, cells[0]).token)
-        return tokens
+        """The row's context from the pools; every head on every rank must hold it."""
+        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.size
+        count, tokens = row.start + row.count, None
+        for rank, device in enumerate(table.group.rank_order(self._base_tp)):
+            blocks = [self._block(tp, device, block) for block in table.rows[rank]]
+            records = np.concatenate(blocks, axis=1)[:, :count]
+            heads = np.array(self._heads(tp, rank))[:, None]
+            where = f"{request.request_id} reads on rank {rank} of {table.group} "
+            assert (records[:, :, 0] == self._lives[request]).all(), where + "KV that is not its own"
+            assert (records[:, :, 1] == heads).all(), where + "another head's KV"
+            assert (records[:, :, 2] == np.arange(count)).all(), where + "KV of other positions"
+            tokens = records[0, :, 3] if tokens is None else tokens
+            assert (records[:, :, 3] == tokens).all(), where + "KV of other tokens"
+        assert tokens is not None
+        return tokens.tolist()
 
 
 def _result(row: ScheduledRow, context: list[int]) -> RowResult:
@@ -162,7 +214,7 @@ def simulated_engine(
 ) -> tuple[Engine, SimulatedRunner]:
     """The real engine, scheduler and block accounting over a simulated runner."""
     kv = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
-    runner = SimulatedRunner(kv, base_tp, instant=instant)
+    runner = SimulatedRunner(kv, num_devices, base_tp, max_num_seqs * num_devices // base_tp, instant=instant)
     plan = SimpleNamespace(
         config=SimpleNamespace(max_num_queued_reqs=max_queued, overlap=overlap, seed=0),
         model_config=SimpleNamespace(vocab_size=VOCABULARY),

@@ -19,7 +19,7 @@ from fly_jax.batch import (
     sampling_layout,
     table_width,
 )
-from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, SchedulerLimits, StepPlan
+from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, SchedulerLimits, SlotPool, StepPlan
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup
 from fly_jax.sampling_params import MAX_SEED
@@ -31,7 +31,7 @@ def mixed_plan(size: int = 2) -> StepPlan:
     kv = make_kv(num_devices=2)
     for device, allocator in enumerate(kv.allocators):
         allocator.allocate(device + 1)  # block ids differ from device to device
-    scheduler = GroupScheduler(DeviceGroup(0, size), SchedulerLimits(8, 64), kv)
+    scheduler = GroupScheduler(DeviceGroup(0, size), SchedulerLimits(8, 64), kv, SlotPool(8 * size))
     known, unknown = make_request([10, 11], name="known"), make_request([20, 21], name="unknown")
     for request in (known, unknown):
         assert scheduler.admit(request)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ import pytest
 from fly_jax.engine import Engine
 from fly_jax.engine_thread import EngineThread
 from fly_jax.errors import ContextLengthError, EngineDeadError, LayoutError
-from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport
+from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from tests.fly_jax.simulated_runner import expected_output, simulated_engine
 
@@ -28,6 +29,7 @@ class ScriptedEngine:
         self.failure: Exception | None = None
         self.live: dict[str, int] = {}
         self.target: str | None = None
+        self.strategy = SwitchStrategy.MIGRATE
         self.last_switch: SwitchReport | None = None
         self.layout = "1"
         self.threads: set[str] = set()
@@ -56,9 +58,19 @@ class ScriptedEngine:
             raise LayoutError(f"layout {text!r} is not understood")
         return text
 
-    def begin_switch(self, text: str) -> None:
+    def begin_switch(self, text: str, strategy: SwitchStrategy) -> None:
+        """Migrates at once, as the engine does; other switches end with the next step."""
         assert self.target is None
-        self.target = text
+        if self.failure is not None:
+            raise self.failure
+        self.target, self.strategy = text, strategy
+        if strategy is SwitchStrategy.MIGRATE:
+            self._end_switch()
+
+    def _end_switch(self) -> None:
+        assert self.target is not None
+        self.last_switch = SwitchReport(self.layout, self.target, self.strategy, 0.0, 0.0)
+        self.layout, self.target = self.target, None
 
     def step(self) -> list[RequestDelta]:
         self.threads.add(threading.current_thread().name)
@@ -68,8 +80,7 @@ class ScriptedEngine:
         if self.failure is not None:
             raise self.failure
         if self.target is not None:
-            self.last_switch = SwitchReport(self.layout, self.target, 0.0, 0.0)
-            self.layout, self.target = self.target, None
+            self._end_switch()
         deltas = []
         for name in list(self.live):
             self.live[name] -= 1
@@ -178,15 +189,36 @@ def test_an_abort_ends_a_request_at_once_and_twice_is_once() -> None:
         assert not engine.live
 
 
-def test_switches_follow_each_other_in_order() -> None:
+@pytest.mark.parametrize("strategies", list(itertools.product(SwitchStrategy, repeat=3)), ids=str)
+def test_switches_follow_each_other_in_order(strategies: tuple[SwitchStrategy, ...]) -> None:
     engine = ScriptedEngine(held=True)
     with running(engine) as thread:
-        first = thread.switch("2")
+        submit(thread, "a")
         engine.wait_for_step()
-        later = [thread.switch(text) for text in ("4", "1")]
+        asked = zip(("2", "4", "1"), strategies, strict=True)
+        switches = [thread.switch(layout, strategy) for layout, strategy in asked]
         engine.go_on()
-        reports = [future.result(TIMEOUT) for future in (first, *later)]
+        reports = [future.result(TIMEOUT) for future in switches]
     assert [(report.source, report.target) for report in reports] == [("1", "2"), ("2", "4"), ("4", "1")]
+    assert tuple(report.strategy for report in reports) == strategies
+
+
+def test_a_switch_that_fails_on_the_devices_ends_the_engine_and_is_answered() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        sink = submit(thread, "a")
+        engine.wait_for_step()
+
+        def fail(engine: Engine) -> None:
+            cast(ScriptedEngine, engine).failure = RuntimeError("device lost")
+
+        failing = thread.call(fail)
+        switch = thread.switch("2")
+        engine.go_on()
+        failing.result(TIMEOUT)
+        with pytest.raises(EngineDeadError, match="device lost"):
+            switch.result(TIMEOUT)
+        assert isinstance(sink.wait()[-1], EngineDeadError)
 
 
 def test_a_layout_that_is_not_understood_fails_its_own_future_alone() -> None:
@@ -212,7 +244,7 @@ def test_a_switch_whose_caller_has_gone_away_does_not_stop_the_engine(layout: st
 def test_a_caller_may_go_away_while_its_switch_is_under_way() -> None:
     engine = ScriptedEngine(held=True)
     with running(engine) as thread:
-        abandoned = thread.switch("2")
+        abandoned = thread.switch("2", SwitchStrategy.SEQUENTIAL)
         engine.wait_for_step()
         abandoned.cancel()
         engine.go_on()
@@ -298,14 +330,15 @@ def test_shutdown_ends_live_requests_and_may_be_called_twice() -> None:
         assert isinstance(sink.wait()[-1], EngineDeadError)
 
 
-def test_the_real_loop_serves_and_switches_under_load() -> None:
+@pytest.mark.parametrize("strategy", SwitchStrategy)
+def test_the_real_loop_serves_and_switches_under_load(strategy: SwitchStrategy) -> None:
     engine, _ = simulated_engine(layout="1+1+1+1")
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     with running(engine) as thread:
         sinks = {i: Sink() for i in range(1, 13)}
         for i, sink in sinks.items():
             thread.submit(f"r{i}", [i], params, sink).result(TIMEOUT)
-        reports = [thread.switch(layout) for layout in ("2+2", "4", "dp4")]
+        reports = [thread.switch(layout, strategy) for layout in ("2+2", "4", "dp4")]
         assert [future.result(TIMEOUT).target for future in reports] == ["2+2", "4", "1+1+1+1"]
         for i, sink in sinks.items():
             tokens = [token for item in sink.wait() for token in cast(RequestDelta, item).token_ids]

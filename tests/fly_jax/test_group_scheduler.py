@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, SchedulerLimits, StepPlan
+from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, SchedulerLimits, SlotPool, StepPlan
 from fly_jax.kv_cache import KVCacheManager
 from fly_jax.layout import DeviceGroup
 from fly_jax.request import Request, RequestState
@@ -13,7 +13,7 @@ class Group:
     """One group's scheduler, and the host's side of a step."""
 
     def __init__(self, kv: KVCacheManager, *, seqs: int = 4, tokens: int = 32, size: int = 1) -> None:
-        self.scheduler = GroupScheduler(DeviceGroup(0, size), SchedulerLimits(seqs, tokens), kv)
+        self.scheduler = GroupScheduler(DeviceGroup(0, size), SchedulerLimits(seqs, tokens), kv, SlotPool(8))
         self.preempted: list[Request] = []
 
     def admit(self, *requests: Request) -> None:
@@ -137,14 +137,20 @@ def test_no_more_requests_run_than_there_are_slots_and_slots_come_back() -> None
     group = Group(make_kv(), seqs=2)
     first, second, third = (make_request(name=name) for name in "abc")
     group.admit(first, second)
-    assert {first.slot, second.slot} == {0, 1}
-    assert not group.scheduler.has_free_slot
+    assert first.slot != second.slot
     assert not group.scheduler.admit(third)
     assert (third.table, third.slot, third.state) == (None, -1, RequestState.WAITING)
     freed = first.slot
     group.scheduler.remove(first)
     group.admit(third)
     assert third.slot == freed
+
+
+@pytest.mark.parametrize(("base_tp", "size", "most"), [(1, 1, 2), (1, 4, 8), (2, 2, 2), (2, 4, 4)])
+def test_a_group_runs_as_many_requests_as_its_base_groups_would(base_tp: int, size: int, most: int) -> None:
+    group = Group(make_kv(num_devices=4, base_tp=base_tp), seqs=2, size=size)
+    group.admit(*(make_request(name=str(index)) for index in range(most)))
+    assert not group.scheduler.admit(make_request(name="one too many"))
 
 
 def test_admission_takes_blocks_for_the_whole_prompt_and_its_first_token() -> None:

@@ -72,7 +72,7 @@ def test_nobody_overtakes_the_head_of_the_queue() -> None:
 
 
 def test_preempted_requests_go_back_to_the_front_and_wait_for_tokens_that_are_still_on_the_device() -> None:
-    scheduler = make_scheduler("4", max_num_seqs=1)
+    scheduler = make_scheduler("4", num_blocks=1)
     first, second = make_request(name="first"), make_request(name="second")
     add(scheduler, first, second)
     scheduler.route()
@@ -143,8 +143,8 @@ def test_a_request_generates_no_more_than_its_group_can_hold() -> None:
 
 
 def test_a_request_that_the_new_layout_cannot_hold_is_handed_back() -> None:
-    scheduler = make_scheduler("4", num_blocks=8, max_num_seqs=1)
-    running, waiting = make_request(name="running"), make_request(60, name="waiting")
+    scheduler = make_scheduler("4", num_blocks=8)
+    running, waiting = make_request(60, name="running"), make_request(60, name="waiting")
     add(scheduler, running, waiting)
     scheduler.route()
     scheduler.begin_switch(Layout.parse("dp4", 4))

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fly_jax.errors import ContextLengthError, EngineDeadError, InvalidRequestError, LayoutError, QueueFullError
-from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, TokenLogprob
+from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy, TokenLogprob
 from fly_jax.sampling_params import SamplingParams
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
@@ -164,7 +164,7 @@ class ScriptedEngine:
     async def switch(self, layout: str) -> SwitchReport:
         if layout not in LAYOUTS:
             raise LayoutError(f"layout {layout!r} does not fit 4 devices: choose one of {', '.join(LAYOUTS)}")
-        report = SwitchReport(self.layout, layout, drain_seconds=0.25, cutover_seconds=0.01)
+        report = SwitchReport(self.layout, layout, SwitchStrategy.SEQUENTIAL, drain_seconds=0.25, cutover_seconds=0.01)
         self.layout = layout
         self.switch_reports.append(report)
         return report

@@ -41,9 +41,14 @@ def test_switch_and_report(in_process: Client) -> None:
     assert switch.json() == {
         "source": "1+1+1+1",
         "target": "2+2",
+        "strategy": "sequential",
         "drain_seconds": 0.25,
         "cutover_seconds": 0.01,
         "weight_bytes_moved": 0,
+        "requests_moved": 0,
+        "kv_bytes_moved": 0,
+        "kv_blocks_moved": 0,
+        "tokens_recomputed": 0,
         "requests_waiting": 0,
     }
     assert after.json() == {"layout": "2+2", "target_layout": None, "last_switch": switch.json()}
