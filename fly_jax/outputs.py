@@ -60,7 +60,7 @@ class RequestDelta:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished request, as ``LLM.generate`` returns it."""
+    """A finished request, as ``LLM.generate`` returns it; ``error`` says why with finish reason ERROR."""
 
     request_id: str
     prompt: str | None
@@ -71,6 +71,7 @@ class RequestOutput:
     prompt_logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class SwitchReport:
     Attributes:
         source, target: canonical layout texts.
         drain_seconds: request to switch -> the concerned groups had no work left.
-        cutover_seconds: no work left -> new groups ready to launch.
+        cutover_seconds: no work left -> new groups may launch; host time, without the launches themselves.
         weight_bytes_moved: always 0: views are re-wrapped, never copied.
         requests_waiting: requests that were queued while the switch drained.
     """

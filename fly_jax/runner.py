@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +28,9 @@ from fly_jax.layout import DeviceGroup
 from fly_jax.outputs import TokenLogprob
 from fly_jax.sampling_params import MAX_LOGPROBS
 from fly_jax.weights import WeightsManager
+
+# How often groups are asked for results while none has any.
+POLL_SECONDS = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,16 @@ class ModelRunner:
             scores.copy_to_host_async()
         marker = results if results is not None else scores if scores is not None else sample_hidden
         return InFlightStep(plan, results, scores, marker)
+
+    def wait_for_any(self, steps: Collection[InFlightStep]) -> None:
+        """Waits until one of the steps is ready, so that a slow group does not hold up the others.
+
+        There is no way to wait for whichever of several programs ends first, so this asks again and again, and lets
+        other threads run in between.
+        """
+        if len({step.plan.group for step in steps}) > 1:
+            while not any(step.ready for step in steps):
+                time.sleep(POLL_SECONDS)
 
     def harvest(self, step: InFlightStep) -> list[RowResult]:
         """Waits for a step and reads what its rows produced.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -95,6 +95,9 @@ class SimulatedRunner:
         self.plans.append(plan)
         self.unread.append(step)
         return step
+
+    def wait_for_any(self, steps: Collection[SimulatedStep]) -> None:
+        """Leaves the choice to the engine: it then waits for the oldest launch."""
 
     def harvest(self, step: SimulatedStep) -> list[RowResult]:
         self.unread.remove(step)
