@@ -61,7 +61,7 @@ def convert(
     Holds one whole replica in host memory. ``progress`` follows the reading (bytes done, bytes in all).
 
     Raises:
-        CheckpointError: ``out_folder`` is not empty, or the model's files are missing or damaged.
+        CheckpointError: ``out_folder`` is not empty or cannot be written, or the model's files are missing or damaged.
         ConfigError: ``max_tp``, ``dtype`` or the architecture is not supported.
     """
     hf_folder, out_folder = Path(hf_folder), Path(out_folder)
@@ -189,13 +189,21 @@ def _write_info(folder: Path, info: PreparedInfo) -> None:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name if the block succeeds and is removed otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    """A temporary folder beside ``folder`` that takes its name if the block succeeds and is removed otherwise.
+
+    Raises:
+        CheckpointError: the operating system refuses to make, fill or rename it.
+    """
+    temporary: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         yield temporary
         temporary.chmod(0o755)  # mkdtemp's own is private
         temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{folder} cannot be written ({error}): give another folder") from error
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
@@ -24,7 +25,7 @@ class AsyncEngine:
     """
 
     def __init__(self, model: LoadedModel) -> None:
-        self.model = model
+        self.plan = model.plan
         self._thread = EngineThread(Engine(model))
         self._layout = str(model.plan.layout)
 
@@ -35,23 +36,23 @@ class AsyncEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.model.plan.tokenizer
+        return self.plan.tokenizer
 
     @property
     def max_model_len(self) -> int:
-        return self.model.plan.max_model_len
+        return self.plan.max_model_len
 
     @property
     def vocab_size(self) -> int:
-        return self.model.plan.model_config.vocab_size
+        return self.plan.model_config.vocab_size
 
     @property
     def model_name(self) -> str:
-        return self.model.plan.config.model.resolve().name
+        return self.plan.config.model.resolve().name
 
     @property
     def max_num_queued_reqs(self) -> int:
-        return self.model.plan.config.max_num_queued_reqs
+        return self.plan.config.max_num_queued_reqs
 
     @property
     def is_alive(self) -> bool:
@@ -76,7 +77,7 @@ class AsyncEngine:
         deltas: asyncio.Queue[RequestDelta | EngineDeadError] = asyncio.Queue()
 
         def sink(item: RequestDelta | EngineDeadError) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(deltas.put_nowait, item)
 
         accepted = self._thread.submit(request_id, prompt_token_ids, params, sink)

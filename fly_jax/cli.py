@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fly_jax import __version__
 from fly_jax.config import DTYPES, EngineConfig
-from fly_jax.errors import FlyJaxError
+from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
 
 Command = Callable[[argparse.Namespace], int]
@@ -49,8 +49,8 @@ def serve(options: argparse.Namespace) -> int:
     server = ServerOptions(
         host=options.host,
         port=options.port,
-        api_key=options.api_key or secret("FLY_JAX_API_KEY"),
-        admin_key=options.admin_key or secret("FLY_JAX_ADMIN_KEY"),
+        api_key=_key(options.api_key, "--api-key", "FLY_JAX_API_KEY"),
+        admin_key=_key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY"),
         served_model_name=options.served_model_name,
         shutdown_timeout=options.shutdown_timeout,
     )
@@ -108,7 +108,15 @@ def demo(options: argparse.Namespace) -> int:
     """Sends a burst at a server while its layout changes."""
     from serving.demo import run_demo
 
-    return run_demo(options.url, options.requests, options.admin_key or secret("FLY_JAX_ADMIN_KEY"))
+    return run_demo(options.url, options.requests, _key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY"))
+
+
+def _key(given: str | None, option: str, variable: str) -> str | None:
+    """The option's value, or where it is left out the environment's; an empty key would mean no protection at all."""
+    key, source = (given, option) if given is not None else (secret(variable), f"${variable}")
+    if key == "":
+        raise ConfigError(f"{source} is empty: give a key or leave it out")
+    return key
 
 
 def _engine_config(options: argparse.Namespace) -> EngineConfig:
@@ -118,10 +126,21 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
 def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
     names = {field.name for field in fields(EngineConfig)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    if options.layout is None and (options.tensor_parallel_size or options.data_parallel_size):
-        tp, dp = options.tensor_parallel_size or 1, options.data_parallel_size
-        given["layout"] = f"tp{tp}" if dp is None else f"dp{dp}xtp{tp}"
+    given["layout"] = _first_layout(options)
     return given
+
+
+def _first_layout(options: argparse.Namespace) -> str | None:
+    """From ``--layout``, or from the sizes of a uniform one."""
+    layout, tp, dp = options.layout, options.tensor_parallel_size, options.data_parallel_size
+    for option, size in (("--tensor-parallel-size", tp), ("--data-parallel-size", dp)):
+        if size is not None and size < 1:
+            raise ConfigError(f"{option} must be at least 1, got {size}")
+        if size is not None and layout is not None:
+            raise ConfigError(f"--layout {layout} and {option} {size} both name the first layout: give one of them")
+    if dp is not None:
+        return f"dp{dp}xtp{tp or 1}"
+    return layout if tp is None else f"tp{tp}"
 
 
 def _parser() -> argparse.ArgumentParser:

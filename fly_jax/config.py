@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fly_jax.errors import ConfigError
 
+# Two tiles: one that decodes may have to share, and one of prompt.
+MIN_PROMPT_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -59,6 +61,12 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs + MIN_PROMPT_TOKENS:
+            # Decodes go first: with less, they could take a step's whole budget and prompts would never start.
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} must be at least max_num_seqs "
+                f"{self.max_num_seqs} + {MIN_PROMPT_TOKENS}: raise one or lower the other"
+            )
         for name in ("devices", "base_tp", "max_model_len", "num_blocks", "device_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import random
 import time
 from collections import Counter, deque
@@ -64,10 +65,10 @@ class Engine:
         Returns:
             What requests gained; empty if nothing has finished yet.
         """
-        deltas = self._route()
+        self.scheduler.route()
         launched = [self._dispatch(plan) for plan in self._schedule()]
-        ready = self._ready_steps(block=not launched)
-        for step in ready:
+        deltas: list[RequestDelta] = []
+        for step in self._ready_steps(block=not launched):
             deltas += self._harvest(step)
         self._switch_if_drained()
         return deltas
@@ -75,14 +76,6 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
-
-    def _route(self) -> list[RequestDelta]:
-        stranded = self.scheduler.route()
-        if stranded is None:
-            return []
-        limit, needs = self.scheduler.context_limit(), stranded.num_known + 1
-        message = f"the layout now holds {limit} tokens a request but this one needs {needs}: switch to a wider layout"
-        return [self._end(stranded, FinishReason.ERROR, error=message)]
 
     def _schedule(self) -> list[StepPlan]:
         plans = []
@@ -99,11 +92,20 @@ class Engine:
         return step
 
     def _ready_steps(self, block: bool) -> list[InFlightStep]:
-        """Takes the steps whose results can be read; waits for the oldest if ``block`` and none can.
+        """Takes the steps whose results can be read; waits until one can if ``block``.
 
         A step is not read before an older one of the same request: after a switch its tokens come from steps of
         several groups, which may share no device, and their order is the text's.
         """
+        ready = self._readable()
+        if not ready and block and self._in_flight:
+            self.runner.wait_for_any(self._in_flight)
+            ready = self._readable() or [self._in_flight[0]]
+        for step in ready:
+            self._in_flight.remove(step)
+        return ready
+
+    def _readable(self) -> list[InFlightStep]:
         ready: list[InFlightStep] = []
         blocked: set[Request] = set()
         for step in self._in_flight:
@@ -112,10 +114,6 @@ class Engine:
                 ready.append(step)
             else:
                 blocked.update(requests)
-        if not ready and block and self._in_flight:
-            ready.append(self._in_flight[0])
-        for step in ready:
-            self._in_flight.remove(step)
         return ready
 
     def _harvest(self, step: InFlightStep) -> list[RequestDelta]:
@@ -148,28 +146,30 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def add_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, bounded: bool = True
+    ) -> None:
         """Queues a request.
+
+        Args:
+            bounded: refuse it when too many wait already; offline batches have no such limit.
 
         Raises:
             InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id.
             ContextLengthError: the prompt fits no group of the layout.
             QueueFullError: too many wait already.
         """
-        vocabulary = self.model.plan.model_config.vocab_size
-        if not prompt_ids:
+        if not len(prompt_ids):
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
-        if not all(0 <= token < vocabulary for token in prompt_ids):
-            wrong = next(token for token in prompt_ids if not 0 <= token < vocabulary)
-            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary of {vocabulary}", param="prompt")
         if request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
-        self.scheduler.check(len(prompt_ids))
+        self.scheduler.check(len(prompt_ids), bounded=bounded)
+        prompt = self._checked_tokens(prompt_ids)
         room = self.scheduler.max_model_len - len(prompt_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         request = Request(
             request_id=request_id,
-            prompt_ids=tuple(prompt_ids),
+            prompt_ids=prompt,
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             seed=seed,
@@ -178,6 +178,16 @@ class Engine:
         self.outputs.add(request)
         self.scheduler.add(request)
         self._counters["prompt_tokens"] += len(prompt_ids)
+
+    def _checked_tokens(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        vocabulary = self.model.plan.model_config.vocab_size
+        try:
+            tokens = tuple(operator.index(token) for token in prompt_ids)
+        except TypeError as error:
+            raise InvalidRequestError(f"token ids must be integers: {error}", param="prompt") from None
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise InvalidRequestError(f"token id {wrong[0]} is outside the vocabulary of {vocabulary}", param="prompt")
+        return tokens
 
     def abort(self, request_id: str) -> RequestDelta | None:
         """Ends a request and frees its blocks at once; None if it is not known (any more)."""

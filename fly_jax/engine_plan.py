@@ -163,6 +163,8 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     own = model.max_position_embeddings
     if model.rope.kind in ("linear", "dynamic"):
         own = int(own * model.rope.option("factor"))
+    elif model.rope.kind == "yarn":  # some configs name the context before scaling here, some the one after
+        own = max(own, int(model.rope.original_max_positions * model.rope.option("factor")))
     if config.max_model_len is not None and config.max_model_len > own:
         raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's own context of {own}: lower it")
     return config.max_model_len or own
@@ -197,10 +199,18 @@ def _kv_spec(
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """From generation_config.json, else config.json."""
+    """From generation_config.json, else config.json.
+
+    Raises:
+        ConfigError: what is there is no token id or list of them.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         value = read_json(path).get("eos_token_id") if path.exists() else None
-        if value is not None:
-            return frozenset(value if isinstance(value, list) else [value])
+        if value is None:
+            continue
+        token_ids = value if isinstance(value, list) else [value]
+        if any(type(token_id) is not int for token_id in token_ids):  # isinstance would take booleans
+            raise ConfigError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
+        return frozenset(token_ids)
     return frozenset()

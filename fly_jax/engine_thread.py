@@ -20,6 +20,7 @@ from fly_jax.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Command = Callable[[Engine], None]
 Sink = Callable[[RequestDelta | EngineDeadError], None]
 
 
@@ -38,26 +39,28 @@ class EngineThread:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._switches: deque[_PendingSwitch] = deque()
         self._switching: _PendingSwitch | None = None
         self._stopping = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="fly-jax-engine", daemon=True)
+        # The engine lives in the thread's arguments alone, so that its memory is freed when the thread ends.
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="fly-jax-engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and self._failure is None and not self._stopping
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, sink: Sink) -> Future[None]:
+    def submit(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, sink: Sink, *, bounded: bool = True
+    ) -> Future[None]:
         """Queues a request; the future fails with what :meth:`Engine.add_request` raises."""
 
         def add(engine: Engine) -> None:
-            engine.add_request(request_id, prompt_ids, params)
+            engine.add_request(request_id, prompt_ids, params, bounded=bounded)
             self._sinks[request_id] = sink
 
         return self.call(add)
@@ -75,12 +78,12 @@ class EngineThread:
         """Goes to another layout; switches asked for while one is under way follow in order."""
         done: Future[SwitchReport] = Future()
 
-        def begin() -> None:
+        def begin(engine: Engine) -> None:
             if not done.set_running_or_notify_cancel():  # from here on the caller cannot cancel it
                 return
             try:
                 self._check_running()
-                self._switches.append(_PendingSwitch(self._engine.parse_layout(layout), strategy, done))
+                self._switches.append(_PendingSwitch(engine.parse_layout(layout), strategy, done))
             except Exception as error:
                 done.set_exception(error)
 
@@ -94,12 +97,12 @@ class EngineThread:
         """Runs a function on the engine's thread between two steps."""
         done: Future[T] = Future()
 
-        def run() -> None:
+        def run(engine: Engine) -> None:
             if not done.set_running_or_notify_cancel():
                 return
             try:
                 self._check_running()
-                done.set_result(function(self._engine))
+                done.set_result(function(engine))
             except Exception as error:
                 done.set_exception(error)
 
@@ -116,77 +119,81 @@ class EngineThread:
 
     # -- on the engine's thread -------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, engine: Engine) -> None:
         try:
-            while self._take_commands():
-                self._advance_switches()
-                if self._engine.has_work:
-                    for delta in self._engine.step():
+            while self._take_commands(engine):
+                self._advance_switches(engine)
+                if engine.has_work:
+                    for delta in engine.step():
                         self._deliver(delta)
-            self._fail_all(EngineDeadError("the engine has been shut down"))
+            self._fail_all(engine, EngineDeadError("the engine has been shut down"))
         except BaseException as error:
             logger.exception("the engine's loop has failed")
             self._failure = error
-            self._fail_all(self._dead())
+            self._fail_all(engine, self._dead())
 
-    def _take_commands(self) -> bool:
+    def _take_commands(self, engine: Engine) -> bool:
         """Runs queued commands, waiting for one if the engine is idle; False at shutdown."""
-        idle = not (self._engine.has_work or self._switches or self._switching)
+        idle = not (engine.has_work or self._switches or self._switching)
         try:
             while True:
                 command = self._commands.get(block=idle)
                 if command is None:
                     return False
-                command()
+                command(engine)
                 idle = False
         except queue.Empty:
             return True
 
-    def _advance_switches(self) -> None:
-        if self._switching is not None and not self._engine.switching:
-            report = self._engine.last_switch
+    def _advance_switches(self, engine: Engine) -> None:
+        if self._switching is not None and not engine.switching:
+            report = engine.last_switch
             assert report is not None
             self._switching.done.set_result(report)
             self._switching = None
-        if self._switching is None and self._switches and not self._engine.switching:
-            self._begin(self._switches.popleft())
+        if self._switching is None and self._switches and not engine.switching:
+            switch = self._switching = self._switches.popleft()
+            try:
+                engine.begin_switch(str(switch.target), switch.strategy)
+            except LayoutError as error:
+                switch.done.set_exception(error)
+                self._switching = None
 
     def _check_running(self) -> None:
         """Refuses a command that was queued while the engine failed: nothing would ever answer it."""
         if self._failure is not None:
             raise self._dead()
 
-    def _begin(self, switch: _PendingSwitch) -> None:
-        self._switching = switch  # before the engine launches anything: if that fails, this switch is answered too
-        try:
-            self._engine.begin_switch(str(switch.target), switch.strategy)
-        except LayoutError as error:
-            self._switching = None
-            switch.done.set_exception(error)
-
     def _deliver(self, delta: RequestDelta) -> None:
         sink = self._sinks.get(delta.request_id)
         if delta.finish_reason is not None:
             self._sinks.pop(delta.request_id, None)
         if sink is not None:
-            sink(delta)
+            self._give(sink, delta)
 
-    def _fail_all(self, error: EngineDeadError) -> None:
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink(error)
+    def _give(self, sink: Sink, item: RequestDelta | EngineDeadError) -> None:
+        try:
+            sink(item)
+        except Exception:  # a caller's failure is its own; the others' requests go on
+            logger.exception("a request's receiver failed")
+
+    def _fail_all(self, engine: Engine, error: EngineDeadError) -> None:
+        """Answers everybody; from here on commands are refused where they are given."""
+        with self._lock:
+            self._stopping = True
         for switch in (self._switching, *self._switches):
             if switch is not None and not switch.done.done():
                 switch.done.set_exception(error)
-        with self._lock:
-            self._stopping = True
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            self._give(sink, error)
         while not self._commands.empty():
             if (command := self._commands.get()) is not None:
-                command()
+                command(engine)
 
     # -- on the callers' threads ------------------------------------------------------------------------------
 
-    def _post(self, command: Callable[[], None], done: Future[Any]) -> None:
+    def _post(self, command: Command, done: Future[Any]) -> None:
         with self._lock:
             if not self._stopping:
                 self._commands.put(command)

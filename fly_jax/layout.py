@@ -72,10 +72,6 @@ class Layout:
         return "+".join(str(d) for d in self.degrees)
 
     @classmethod
-    def uniform(cls, num_devices: int, degree: int) -> Layout:
-        return cls((degree,) * (num_devices // degree))
-
-    @classmethod
     def parse(cls, text: str, num_devices: int, base_tp: int = 1) -> Layout:
         """Reads canonical text or an alias and checks it against the devices.
 

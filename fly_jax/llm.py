@@ -58,10 +58,11 @@ class LLM:
 
         config = EngineConfig(model=Path(model), devices=devices, layout=layout, **options)
         with LoadProgress(enabled=progress) as bar:
-            self._model = load_model(config, bar.report)
+            loaded = load_model(config, bar.report)
         self._progress = progress
-        self._thread = EngineThread(Engine(self._model))
-        self.tokenizer = self._model.plan.tokenizer
+        self._plan = loaded.plan
+        self._thread = EngineThread(Engine(loaded))
+        self.tokenizer = loaded.plan.tokenizer
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -96,11 +97,11 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         """Most tokens one request may hold, prompt and output."""
-        return self._model.plan.max_model_len
+        return self._plan.max_model_len
 
     @property
     def model_config(self) -> ModelConfig:
-        return self._model.plan.model_config
+        return self._plan.model_config
 
     @property
     def layout(self) -> str:
@@ -111,6 +112,7 @@ class LLM:
         return self._thread.stats().result()
 
     def shutdown(self) -> None:
+        """Ends the engine and gives its memory back; safe to call twice."""
         self._thread.shutdown()
 
     def __enter__(self) -> LLM:
@@ -128,8 +130,12 @@ class LLM:
         deltas: queue.SimpleQueue[RequestDelta | EngineDeadError] = queue.SimpleQueue()
         by_id = {f"llm-{uuid.uuid4().hex}": item for item in pending}
         try:
-            for (request_id, item), each in zip(by_id.items(), params, strict=True):
-                self._thread.submit(request_id, item.prompt_ids, each, deltas.put).result()
+            accepted = [
+                self._thread.submit(request_id, item.prompt_ids, each, deltas.put, bounded=False)
+                for (request_id, item), each in zip(by_id.items(), params, strict=True)
+            ]
+            for future in accepted:
+                future.result()
             with GenerationProgress(len(pending), enabled=self._progress and show) as bar:
                 unfinished = len(pending)
                 while unfinished:
@@ -167,8 +173,6 @@ class _Pending:
     def output(self, request_id: str) -> RequestOutput:
         assert self._last is not None
         assert self._last.finish_reason is not None
-        if self._last.error is not None:
-            raise InvalidRequestError(self._last.error)
         return RequestOutput(
             request_id=request_id,
             prompt=self.prompt,
@@ -179,6 +183,7 @@ class _Pending:
             prompt_logprobs=self._prompt_logprobs,
             finish_reason=self._last.finish_reason,
             stop_reason=self._last.stop_reason,
+            error=self._last.error,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from fly_jax.weights import WeightsManager
 from kernels_pallas.paged import storage_dtype
 
 Progress = Callable[[str, int, int], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,14 @@ def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: Progres
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk between runs."""
-    folder = cache_dir() / "xla"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Keeps compiled programs on disk between runs; where that cannot be, says so and goes on without."""
+    try:
+        folder = cache_dir() / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # the folder may be there and read-only
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        _log.warning("compiled programs are not kept (%s): set FLY_JAX_CACHE_DIR to a writable folder", error)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

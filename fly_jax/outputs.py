@@ -70,7 +70,7 @@ class RequestDelta:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished request, as ``LLM.generate`` returns it."""
+    """A finished request, as ``LLM.generate`` returns it; ``error`` says why with finish reason ERROR."""
 
     request_id: str
     prompt: str | None
@@ -81,6 +81,7 @@ class RequestOutput:
     prompt_logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

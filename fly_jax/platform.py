@@ -24,13 +24,13 @@ def configure_devices(count: int) -> None:
     the device count.
 
     Raises:
-        ConfigError: jax has already started with fewer CPU devices.
+        ConfigError: jax has already started with fewer CPU devices, or a variable that is read here is no number.
     """
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT_FLAG)]
     present = _requested_devices()
     wanted = max(count, present)
     os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={wanted}"])
-    os.environ["NPROC"] = str(max(4 * wanted, int(os.environ.get("NPROC", "0") or 0)))
+    os.environ["NPROC"] = str(max(4 * wanted, _whole_number("NPROC", os.environ.get("NPROC") or "0")))
     if "jax" in sys.modules:
         _check_started(count)
 
@@ -47,8 +47,15 @@ def configure_deviceless_cuda() -> None:
 def _requested_devices() -> int:
     for flag in os.environ.get("XLA_FLAGS", "").split():
         if flag.startswith(_DEVICE_COUNT_FLAG + "="):
-            return int(flag.split("=", 1)[1])
+            return _whole_number(f"XLA_FLAGS {_DEVICE_COUNT_FLAG}", flag.split("=", 1)[1])
     return 1
+
+
+def _whole_number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment variable {name}={text!r} must be a whole number: correct or unset it") from None
 
 
 def _check_started(count: int) -> None:
@@ -71,8 +78,8 @@ def cache_dir() -> Path:
 
 
 def secret(name: str) -> str | None:
-    """A secret from the environment: FLY_JAX_API_KEY or FLY_JAX_ADMIN_KEY."""
-    return os.environ.get(name) or None
+    """A secret from the environment, FLY_JAX_API_KEY or FLY_JAX_ADMIN_KEY: empty if it is set but empty."""
+    return os.environ.get(name)
 
 
 def host_memory_bytes() -> int:

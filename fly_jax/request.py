@@ -68,6 +68,11 @@ class Request:
         return self.num_tokens - self.num_computed
 
     @property
+    def started(self) -> bool:
+        """Tokens have been generated, or are about to be."""
+        return bool(self.output_ids) or self.num_pending > 0
+
+    @property
     def will_sample_no_more(self) -> bool:
         """All tokens that it may generate are launched: only results are awaited."""
         return len(self.output_ids) + self.num_pending >= self.max_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +30,9 @@ from fly_jax.relayout import CHUNK_SLABS, pack_exchange
 from fly_jax.relayout_plan import HeadSplits, SlabMove, exchange_rounds
 from fly_jax.sampling_params import MAX_LOGPROBS
 from fly_jax.weights import WeightsManager
+
+# How often groups are asked for results while none has any.
+POLL_SECONDS = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,16 @@ class ModelRunner:
             scores.copy_to_host_async()
         marker = results if results is not None else scores if scores is not None else sample_hidden
         return InFlightStep(plan, results, scores, marker)
+
+    def wait_for_any(self, steps: Collection[InFlightStep]) -> None:
+        """Waits until one of the steps is ready, so that a slow group does not hold up the others.
+
+        There is no way to wait for whichever of several programs ends first, so this asks again and again, and lets
+        other threads run in between.
+        """
+        if len({step.plan.group for step in steps}) > 1:
+            while not any(step.ready for step in steps):
+                time.sleep(POLL_SECONDS)
 
     def harvest(self, step: InFlightStep) -> list[RowResult]:
         """Waits for a step and reads what its rows produced.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from typing import SupportsFloat, SupportsIndex
 
 from fly_jax.errors import InvalidRequestError
 
@@ -50,30 +52,38 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs"):
+            self._set(name, _as_integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p"):
-            if not math.isfinite(getattr(self, name)):
-                raise InvalidRequestError(f"{name} must be a finite number, got {getattr(self, name)}", param=name)
-        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+            self._set(name, _as_number(name, getattr(self, name)))
+        for name in ("ignore_eos", "prompt_logprobs", "skip_special_tokens"):
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        self._set("stop", stops)
+        self._set("stop_token_ids", tuple(_as_integer("stop_token_ids", token) for token in self.stop_token_ids))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        def at_least(name: str, lowest: int) -> None:
+            value = getattr(self, name)
+            self._require(name, value is None or value >= lowest, f"at least {lowest}")
+
+        at_least("max_tokens", 1)
+        at_least("min_tokens", 0)
         self._require("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         self._require("top_k", -1 <= self.top_k < 2**31, "-1 or 0 (all) or a positive count below 2^31")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
         self._require("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
         self._require("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}")
-        self._require("min_tokens", self.min_tokens >= 0, "at least 0")
-        self._require(
-            "min_tokens",
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            f"at most max_tokens {self.max_tokens}",
-        )
-        self._require(
-            "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"
-        )
+        enough = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        self._require("min_tokens", enough, f"at most max_tokens {self.max_tokens}")
+        known = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        self._require("logprobs", known, f"between 0 and {MAX_LOGPROBS}")
         self._require("stop", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings")
-        self._require("stop", all(self.stop), "non-empty strings")
+        self._require("stop", all(isinstance(stop, str) and stop for stop in self.stop), "non-empty strings")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -82,3 +92,18 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+
+def _as_integer(name: str, value: object) -> int | None:
+    """A plain int from any integer type; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InvalidRequestError(f"{name} must be an integer, got {value!r}", param=name)
+    return operator.index(value)
+
+
+def _as_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat) or not math.isfinite(float(value)):
+        raise InvalidRequestError(f"{name} must be a finite number, got {value!r}", param=name)
+    return float(value)

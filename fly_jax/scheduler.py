@@ -10,7 +10,7 @@ from collections import deque
 from fly_jax.errors import ContextLengthError, LayoutError, QueueFullError
 from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan
 from fly_jax.kv_cache import KVCacheManager
-from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.layout import DeviceGroup, Layout, max_tp_degree
 from fly_jax.migration import LaunchMoves, Migration, MigrationTotals
 from fly_jax.outputs import FinishReason
 from fly_jax.relayout_plan import Region, regions
@@ -48,7 +48,7 @@ class Scheduler:
         widest = (self.target or self.layout).widest
         return min(self.max_model_len, self.kv.spec.capacity_tokens(widest))
 
-    def check(self, prompt_tokens: int) -> None:
+    def check(self, prompt_tokens: int, *, bounded: bool = True) -> None:
         """Refuses a prompt that could never run, or one too many.
 
         Raises:
@@ -56,12 +56,15 @@ class Scheduler:
         """
         limit = self.context_limit()
         if prompt_tokens >= limit:
+            widest = max_tp_degree(len(self.kv.allocators))
+            could_be = min(self.max_model_len, self.kv.spec.capacity_tokens(widest))
             raise ContextLengthError(
                 f"the prompt has {prompt_tokens} tokens but the context holds {limit} and needs room for one more: "
-                f"shorten the prompt" + ("" if limit == self.max_model_len else " or switch to a wider layout"),
+                f"shorten the prompt"
+                + (f" or switch to a wider layout (up to {could_be})" if could_be > limit else ""),
                 param="prompt",
             )
-        if len(self.waiting) >= self.max_queued:
+        if bounded and len(self.waiting) >= self.max_queued:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting and at most {self.max_queued} may: try later"
             )
@@ -90,21 +93,13 @@ class Scheduler:
 
     # -- steps ------------------------------------------------------------------------------------------------
 
-    def route(self) -> Request | None:
-        """Starts waiting requests, first come first served, in the group with most room.
-
-        Returns:
-            The first waiting request if it fits no group any more (the layout became narrower while it waited).
-        """
+    def route(self) -> None:
+        """Starts waiting requests, first come first served, in the group with most room."""
         while self.waiting:
             request = self.waiting[0]
-            if request.num_pending:
-                return None  # preempted with a token still on the device: its id is needed to recompute
-            if request.num_known + 1 > self.context_limit():
-                return request
-            if not any(self._admit(group, request) for group in self._by_room(request)):
-                return None
-        return None
+            # A request that was preempted with a token still on the device needs its id to be recomputed.
+            if request.num_pending or not any(self._admit(group, request) for group in self._by_room(request)):
+                return
 
     def schedule(self, group: DeviceGroup) -> StepPlan | None:
         """The group's next step, or None."""
@@ -124,10 +119,11 @@ class Scheduler:
         """Stops admitting to the groups that ``target`` dissolves; all others keep running.
 
         Raises:
-            LayoutError: another switch is under way.
+            LayoutError: another switch is under way, or an accepted request fits no group of ``target``.
         """
         if self.target is not None:
             raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
+        self._check_waiting(target)
         self.target = target
 
     def migrate(self, target: Layout, launch: LaunchMoves) -> MigrationTotals:
@@ -139,6 +135,7 @@ class Scheduler:
         """
         if self.target is not None:
             raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
+        self._check_waiting(target)
         changing = regions(self.layout, target)
         for region in changing:
             self._check_fits(region)
@@ -182,8 +179,10 @@ class Scheduler:
 
     @property
     def drained(self) -> bool:
-        """A switch is under way and no request runs in a group that it dissolves."""
-        return self.target is not None and not any(self.groups[group].running for group in self.dissolving)
+        """A switch is under way, and no request runs in a group that it dissolves or was preempted there."""
+        if self.target is None or any(request.started for request in self.waiting):
+            return False
+        return not any(self.groups[group].running for group in self.dissolving)
 
     def complete_switch(self) -> None:
         """Takes the target as the layout; the dissolving groups must be drained."""
@@ -212,12 +211,24 @@ class Scheduler:
         return True
 
     def _by_room(self, request: Request) -> list[GroupScheduler]:
-        """Groups that may take the request, the one with most room first."""
-        dissolving, spec = self.dissolving, self.kv.spec
-        needed = min(len(request.prompt_ids) + request.max_tokens, self.context_limit())
-        open_groups = [
-            scheduler
-            for group, scheduler in self.groups.items()
-            if group not in dissolving and spec.capacity_tokens(group.size) >= needed
-        ]
-        return sorted(open_groups, key=lambda g: (len(g.running) / g.group.size, -self.kv.free_blocks(g.group)))
+        """Groups that may take the request, the one with most room first.
+
+        Groups that a switch dissolves take back what they preempted: it may fit no group of the new layout.
+        """
+        closed = () if request.started else self.dissolving
+        spec = self.kv.spec
+        open_groups = [scheduler for group, scheduler in self.groups.items() if group not in closed]
+        capacity = max((spec.capacity_tokens(each.group.size) for each in open_groups), default=0)
+        needed = min(len(request.prompt_ids) + request.max_tokens, capacity)
+        fitting = [each for each in open_groups if spec.capacity_tokens(each.group.size) >= needed > request.num_known]
+        return sorted(fitting, key=lambda each: (len(each.running) / each.group.size, -self.kv.free_blocks(each.group)))
+
+    def _check_waiting(self, target: Layout) -> None:
+        """Refuses a layout that could never hold a request that has been accepted."""
+        capacity = self.kv.spec.capacity_tokens(target.widest)
+        for request in self.waiting:
+            if request.num_tokens >= capacity:
+                raise LayoutError(
+                    f"request {request.request_id} waits with {request.num_tokens} tokens but the widest group of "
+                    f"{target} holds {capacity}: wait for it to end or keep a wider group"
+                )

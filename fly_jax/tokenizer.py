@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
+from fly_jax.chat_template import ChatTemplate
 from fly_jax.errors import CheckpointError, InvalidRequestError
-from fly_jax.models.config import read_json
 
-MAX_TEMPLATE_OUTPUT = 4 * 1024 * 1024
 _REPLACEMENT = "\ufffd"
+# Tokens that may wait for the rest of a character: far more than the four that one can have, since bytes before it
+# that are no UTF-8 wait with it.
+_MAX_PENDING = 32
+# A character that lacks its last byte is decoded to at most this many replacement characters.
+_MAX_INCOMPLETE = 3
+# Tokens that are sure to hold what was decoded to those, and the start of the character before.
+_KEPT = 16
 
 
 class Tokenizer:
@@ -36,13 +38,12 @@ class Tokenizer:
             self._tokenizer = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
-        config_path = folder / "tokenizer_config.json"
-        self._config = read_json(config_path) if config_path.exists() else {}
-        self._template = _ChatTemplate.load(folder, self._config)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        # The file may keep the settings of a training run, which would cut prompts or fill them up unasked.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._template = ChatTemplate.load(folder)
 
     @property
     def has_chat_template(self) -> bool:
@@ -54,11 +55,8 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
     def stream(self, skip_special_tokens: bool) -> TextStream:
-        return TextStream(self._tokenizer, skip_special_tokens)
+        return TextStream(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())
 
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -79,95 +77,45 @@ class TextStream:
     Each new text is the difference between two decodes of the latest tokens, since what a token adds depends on
     those before it. ``tokenizers.DecodeStream`` does the same but raises where a token changes text that is already
     out, which byte-fallback vocabularies do when bytes turn out not to be UTF-8.
+
+    Args:
+        skipped: tokens that are not written out.
     """
 
-    def __init__(self, tokenizer: HFTokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: HFTokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
         self._tokens: list[int] = []
-        self._num_read = 0
-        self._read_text = ""
+        self._num_read = 0  # tokens whose text is out, kept for what they do to those that follow
+        self._read_length = 0  # characters of the tokens' text that are out
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
+        if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
+            return ""
         self._tokens.append(token_id)
         text = self._decode()
-        if len(text) <= len(self._read_text) or text.endswith(_REPLACEMENT):
-            return ""
-        return self._take(text)
+        if len(text) > self._read_length and not text.endswith(_REPLACEMENT):
+            return self._take(text)
+        return self._take_certain(text) if len(self._tokens) - self._num_read > _MAX_PENDING else ""
 
     def flush(self) -> str:
         """What the last tokens give although they end inside a character (replacement characters)."""
         text = self._decode()
-        return self._take(text) if len(text) > len(self._read_text) else ""
+        return self._take(text) if len(text) > self._read_length else ""
 
     def _take(self, text: str) -> str:
-        new = text[len(self._read_text) :]
+        new = text[self._read_length :]
         del self._tokens[: self._num_read]
-        self._num_read, self._read_text = len(self._tokens), self._decode()
+        self._num_read, self._read_length = len(self._tokens), len(self._decode())
+        return new
+
+    def _take_certain(self, text: str) -> str:
+        """All but the end that may still become a character, so that bytes that are no UTF-8 do not pile up."""
+        waiting = min(_MAX_INCOMPLETE, max(0, len(text) - self._read_length))
+        new = text[self._read_length : len(text) - waiting]
+        del self._tokens[:-_KEPT]
+        self._num_read, self._read_length = 0, max(0, len(self._decode()) - waiting)
         return new
 
     def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=self._skip))
-
-
-class _ChatTemplate:
-    """A compiled Jinja template in a sandbox: no attribute access to internals, no mutation, bounded output."""
-
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        extensions: list[type[Extension]] = [loopcontrols]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = _raise_exception
-        environment.filters["tojson"] = _to_json
-        try:
-            self._compiled = environment.from_string(source)
-        except TemplateError as error:
-            raise CheckpointError(f"the model's chat template is not valid Jinja: {error}") from error
-        self._special_tokens = special_tokens
-
-    @classmethod
-    def load(cls, folder: Path, config: dict[str, Any]) -> _ChatTemplate | None:
-        """From ``chat_template.jinja`` or ``tokenizer_config.json``, None where neither has one."""
-        file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if source is None:
-            return None
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        return cls(str(source), {name: _token_text(config.get(name)) for name in names})
-
-    def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
-        pieces, size = [], 0
-        try:
-            for piece in self._compiled.generate(messages=list(messages), **self._special_tokens, **variables):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_TEMPLATE_OUTPUT:
-                    raise InvalidRequestError(
-                        f"the chat template wrote more than {MAX_TEMPLATE_OUTPUT} characters: shorten the messages",
-                        param="messages",
-                    )
-        except InvalidRequestError:
-            raise
-        except Exception as error:  # what a template can run into has no bound: division by zero, endless recursion
-            raise InvalidRequestError(f"the chat template refused the messages: {error}", param="messages") from error
-        return "".join(pieces)
-
-
-def _token_text(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As in transformers, so that templates may pass the same arguments; unlike Jinja's own, it escapes no HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=False))

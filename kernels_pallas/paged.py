@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -141,21 +140,3 @@ def _read_chunk(view: Array, layer: int, tables: Array, index: Array, layout: KV
         chunk = lax.bitcast_convert_type(chunk, layout.dtype)
     chunk = jnp.moveaxis(chunk, 1, 3).reshape(blocks.shape[0], 2, heads, layout.chunk_blocks * tokens, dim)
     return chunk[:, 0].astype(jnp.float32), chunk[:, 1].astype(jnp.float32)
-
-
-def reference_attention(query: Array, key: Array, value: Array, *, scale: float, window: int | None = None) -> Array:
-    """Dense causal attention over contiguous keys, in float32: what the paged functions must equal.
-
-    Args:
-        query: ``[queries, kv_heads, group, head_dim]``, the last ``queries`` positions.
-        key, value: ``[context, kv_heads, head_dim]``.
-    """
-    queries, context = query.shape[0], key.shape[0]
-    positions = jnp.arange(context - queries, context)[:, None]
-    places = jnp.arange(context)[None, :]
-    seen = places <= positions
-    if window is not None:
-        seen &= places > positions - window
-    scores = jnp.einsum("qhgd,thd->hgqt", query.astype(jnp.float32) * scale, key.astype(jnp.float32))
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("hgqt,thd->qhgd", weights, value.astype(jnp.float32))

@@ -17,7 +17,6 @@ from checkpoints.demo import text
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT)  # their ids are their positions here
-ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 VOCAB_SIZE = 1472
 NUM_SAMPLES = 6000

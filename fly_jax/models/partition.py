@@ -65,14 +65,6 @@ class Partition:
         """FFN columns of one of the ``max_tp`` gate/up chunk pairs."""
         return self.ffn // self.max_tp
 
-    def local_kv_heads(self, tp: int) -> int:
-        """KV heads that one device of a TP group keeps: ``kv_heads / tp``, at least one."""
-        return max(1, self.kv_heads // tp)
-
-    def block_tokens(self, base_block_size: int, tp: int) -> int:
-        """Tokens one block holds at degree ``tp``: block bytes are the same in every layout."""
-        return base_block_size * self.kv_heads // self.local_kv_heads(tp)
-
     def kv_head_of_unit(self, config: ModelConfig) -> np.ndarray:
         """The checkpoint's KV head of each unit, -1 where it is padding: int ``[units]``."""
         heads = np.arange(self.units) // self.kv_copies

@@ -49,6 +49,21 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "hf", tmp_path / "out"
 
 
+def test_a_target_that_cannot_be_made_or_filled_is_one_line(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="out cannot be written"):
+        convert(folders[0], tmp_path / "file" / "out", max_tp=4, dtype=np.float32)
+    monkeypatch.setattr(prepared.shutil, "copyfile", full_disk)
+    with pytest.raises(CheckpointError, match=r"new cannot be written .*No space left"):
+        convert(folders[0], tmp_path / "new", max_tp=4, dtype=np.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf", "out"]
+
+
 def test_base_shards_and_another_dtype(folders: tuple[Path, Path]) -> None:
     hf, out = folders
     spec = model_spec(ModelConfig.from_folder(out), 4, np.dtype(ml_dtypes.bfloat16))

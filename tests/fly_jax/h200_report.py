@@ -15,6 +15,7 @@ from fly_jax.executables import StepKind  # noqa: E402
 from tests.fly_jax.programs import check_in_place, shapes_of_8b  # noqa: E402
 
 NUM_LAYERS = 32
+MAX_TEMPORARY_BYTES = 100 * 10**6
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -38,6 +39,8 @@ def main() -> None:
         for kind in (StepKind.DECODE, StepKind.MIXED):
             started = time.perf_counter()
             report = check_in_place(shapes, node.devices, tp, kind)
+            # A copied pool or a copied set of weights would take gigabytes.
+            assert report.temporary_bytes < MAX_TEMPORARY_BYTES
             row = {
                 "tp": tp,
                 "kind": str(kind),

@@ -13,7 +13,7 @@ from fly_jax.inspection import ProgramReport
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.config import ModelConfig
-from fly_jax.models.sharding import model_spec
+from fly_jax.models.sharding import ParameterSpec, model_spec
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -32,6 +32,21 @@ def shapes_of_8b(num_layers: int, max_tp: int) -> ProgramShapes:
     )  # fmt: skip
 
 
+def check_no_weight_copies(report: ProgramReport, parameters: Sequence[ParameterSpec], tp: int) -> None:
+    for parameter in parameters:
+        if len(parameter.shape) == 2:
+            rows = parameter.shape[0] // (tp if parameter.sharded else 1)
+            assert report.new_arrays_shaped((rows, parameter.shape[1])) == [], parameter.name
+
+
+def check_head_copies_no_weight(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int, kind: StepKind) -> None:
+    """Compiles a head or score program and asserts that it makes no array of the vocabulary projection's shape."""
+    bucket = shapes.buckets.rows[-1] if kind is StepKind.HEAD else shapes.buckets.tokens[-1]
+    key = ExecutableKey(DeviceGroup(0, tp), kind, bucket)
+    compiled = ProgramLowerer(shapes, DeviceMeshes(devices, base_tp=1)).lower(key).compile()
+    check_no_weight_copies(ProgramReport.of(compiled), shapes.model.head.parameters, tp)
+
+
 def check_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int, kind: StepKind) -> ProgramReport:
     """Compiles one backbone and asserts that it aliases the pool, copies no weight and has two all-reduces a layer."""
     meshes = DeviceMeshes(devices, base_tp=1)
@@ -42,8 +57,5 @@ def check_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int
     assert report.all_reduces == (0 if tp == 1 else 2 * layers)
     assert report.aliased_bytes == shapes.kv.num_blocks * shapes.kv.block_bytes
     assert report.new_arrays(shapes.kv.num_blocks * shapes.kv.block_elements) == []
-    for parameter in shapes.model.decoder.parameters:
-        if len(parameter.shape) == 2:
-            rows = parameter.shape[0] // (tp if parameter.sharded else 1)
-            assert report.new_arrays_shaped((rows, parameter.shape[1])) == [], parameter.name
+    check_no_weight_copies(report, shapes.model.decoder.parameters, tp)
     return report

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +106,9 @@ class SimulatedRunner:
         self.plans.append(plan)
         self.unread.append(step)
         return step
+
+    def wait_for_any(self, steps: Collection[SimulatedStep]) -> None:
+        """Leaves the choice to the engine: it then waits for the oldest launch."""
 
     def harvest(self, step: SimulatedStep) -> list[RowResult]:
         self.unread.remove(step)

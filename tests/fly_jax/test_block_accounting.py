@@ -348,21 +348,17 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(row.count == 1 for row in plan.decodes)
         assert all(row.count >= 1 for row in plan.prefills)
 
-    def _watched(self, route: Callable[[], Request | None]) -> Request | None:
+    def _watched(self, route: Callable[[], None]) -> None:
         """First come first served: who starts is the front of the queue, and the next one really cannot."""
         scheduler = self.engine.scheduler
         before = list(scheduler.waiting)
-        stranded = route()
+        route()
         after = list(scheduler.waiting)
         started = before[: len(before) - len(after)]
         assert after == before[len(started) :]
         assert all(request.state is RequestState.RUNNING for request in started)
-        if stranded is not None:
-            assert stranded is after[0]
-            assert stranded.num_known + 1 > scheduler.context_limit()
-        elif after and not after[0].num_pending:
+        if after and not after[0].num_pending:
             self._check_cannot_start(after[0])
-        return stranded
 
     def _check_cannot_start(self, request: Request) -> None:
         """No open group that is wide enough is idle, or has a slot and blocks beyond the reserve for decodes."""
@@ -417,7 +413,7 @@ class EngineMachine(RuleBasedStateMachine):
         elif request.finish_reason is FinishReason.LENGTH:
             assert len(request.output_ids) == request.max_tokens
         else:
-            assert request.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
+            assert request.finish_reason is FinishReason.ABORT
         if request.params.prompt_logprobs and request.output_ids:
             prompt = request.prompt_ids
             scores = [prompt_score(prompt[:length]) for length in range(2, len(prompt) + 1)]

@@ -108,6 +108,62 @@ def test_a_converted_folder_generates_the_same_text(
     assert texts[0].startswith("hello")
 
 
+@pytest.mark.parametrize("name", ["api", "admin"])
+def test_an_empty_key_starts_no_open_server(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"FLY_JAX_{name.upper()}_KEY", "a key that the option overrides")
+    assert main(["serve", str(folder), "--port", "0", f"--{name}-key", ""]) == 2
+    assert f"--{name}-key is empty: give a key" in error_line(capsys)
+    monkeypatch.setenv(f"FLY_JAX_{name.upper()}_KEY", "")
+    assert main(["serve", str(folder), "--port", "0"]) == 2
+    assert f"$FLY_JAX_{name.upper()}_KEY is empty: give a key" in error_line(capsys)
+
+
+def test_an_empty_admin_key_is_refused_by_the_demo_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--url", "http://127.0.0.1:9", "--admin-key", ""]) == 2
+    assert "--admin-key is empty" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--layout", "4", "-tp", "1"], "--layout 4 and --tensor-parallel-size 1 both name the first layout"),
+        (["--layout", "4", "-dp", "4"], "--layout 4 and --data-parallel-size 4 both name the first layout"),
+        (["-tp", "0"], "--tensor-parallel-size must be at least 1, got 0"),
+        (["-tp", "-2"], "--tensor-parallel-size must be at least 1, got -2"),
+        (["-tp", "2", "-dp", "0"], "--data-parallel-size must be at least 1, got 0"),
+    ],
+)
+def test_layout_options_that_cannot_be_followed_are_one_line(
+    arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(folder), "--prompt", "x", *arguments]) == 2
+    assert says in error_line(capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "prepared"
+    assert main(["convert", str(folder), str(target), "--max-tp", "4", "--quiet"]) == 2
+    assert f"{target} cannot be written" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("NPROC", "abc"), ("XLA_FLAGS", "--xla_force_host_platform_device_count=x")]
+)
+def test_an_environment_variable_that_is_no_number_is_one_line(
+    variable: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["generate", str(folder), "--prompt", "x"]) == 2
+    line = error_line(capsys)
+    assert variable in line
+    assert "must be a whole number" in line
+
+
 @pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["convert"], ["demo"]])
 def test_help_starts_no_jax(command: list[str]) -> None:
     program = (

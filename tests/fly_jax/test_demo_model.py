@@ -78,7 +78,8 @@ def test_stories_and_answers_are_identical_across_switches_in_mid_generation(llm
     switcher.join()
     for outputs in rounds:
         assert [output.token_ids for output in outputs] == expected
-    assert any(report.drain_seconds > 0 for report in reports)
+    # An idle engine drains in microseconds: this one was in the middle of generation.
+    assert max(report.drain_seconds for report in reports) > 1e-3
 
 
 def test_a_story_is_told_to_its_end(llm: LLM) -> None:

@@ -83,6 +83,8 @@ def test_requests_in_flight_finish_correctly_across_switches(llm: LLM, expected:
     for batch in outputs:
         assert_same(batch, expected)
     assert [report.target for report in reports] == ["2+2", "4", "2+1+1", "1+1+1+1"]
+    # An idle engine drains in microseconds; a step alone takes longer than this.
+    assert max(report.drain_seconds for report in reports) > 1e-3
     assert all(report.weight_bytes_moved == 0 for report in reports)
 
 
@@ -200,3 +202,15 @@ def test_bfloat16_stays_close_to_float32(folder: Path, llm: LLM) -> None:
     with small_llm(folder, dtype="bfloat16", layouts=("2+1+1",)) as half:
         difference = np.abs(half.score(tokens) - llm.score(tokens))
     assert difference.mean() < 0.1
+
+
+def test_a_batch_larger_than_the_queue_is_served_whole(folder: Path) -> None:
+    with small_llm(folder, layouts=("4",), max_num_queued_reqs=2) as short_queue:
+        outputs = short_queue.generate([[5, 6, 7]] * 12, replace(GREEDY, max_tokens=2))
+    assert [len(output.token_ids) for output in outputs] == [2] * 12
+
+
+def test_token_ids_that_are_not_integers_are_refused_and_take_nobody_with_them(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="integers"):
+        llm.generate([[1.5, 2.5]], GREEDY)  # type: ignore[list-item]
+    assert llm.generate([np.array([5, 6, 7])], replace(GREEDY, max_tokens=2))[0].prompt_token_ids == (5, 6, 7)

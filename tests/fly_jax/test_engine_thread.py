@@ -42,7 +42,8 @@ class ScriptedEngine:
     def switching(self) -> bool:
         return self.target is not None
 
-    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, bounded: bool) -> None:
+        assert bounded
         if len(prompt_ids) > 100:
             raise ContextLengthError("too long", param="prompt")
         assert params.max_tokens is not None
@@ -271,6 +272,31 @@ def test_a_call_that_raises_fails_its_own_future_alone() -> None:
         with pytest.raises(ZeroDivisionError, match="mine"):
             thread.call(fail).result(TIMEOUT)
         assert submit(thread, "a").last_reason() is FinishReason.LENGTH
+
+
+def test_a_receiver_that_raises_takes_nobody_with_it() -> None:
+    engine = ScriptedEngine()
+    with running(engine) as thread:
+
+        def broken(_: object) -> None:
+            raise RuntimeError("receiver")
+
+        thread.submit("broken", [1, 2], PARAMS, broken).result(TIMEOUT)
+        assert submit(thread, "b").last_reason() is FinishReason.LENGTH
+        assert thread.is_alive
+
+
+def test_a_failed_step_answers_the_others_even_if_a_receiver_raises() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+
+        def broken(_: object) -> None:
+            raise RuntimeError("receiver")
+
+        thread.submit("broken", [1, 2], PARAMS, broken).result(TIMEOUT)
+        late = fail_during_a_step(engine, thread.stats, ValueError("step"))
+        with pytest.raises(EngineDeadError):
+            late.result(TIMEOUT)
 
 
 def test_a_failed_step_ends_every_request_with_its_cause() -> None:

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from fly_jax.executables import StepKind
-from tests.fly_jax.programs import check_in_place, shapes_of_8b
+from tests.fly_jax.programs import check_head_copies_no_weight, check_in_place, shapes_of_8b
 
 
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
@@ -23,6 +23,12 @@ def test_steps_run_in_place_on_cpu(tp: int, kind: StepKind) -> None:
         # Activations of eight rows are far smaller than any weight, so no weight-sized temporary hides in the total.
         smallest = min(p.nbytes for p in shapes.model.decoder.parameters if p.sharded) // tp
         assert report.temporary_bytes < smallest
+
+
+@pytest.mark.parametrize("kind", [StepKind.HEAD, StepKind.SCORE])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_heads_copy_no_weight_on_cpu(tp: int, kind: StepKind) -> None:
+    check_head_copies_no_weight(shapes_of_8b(num_layers=1, max_tp=4), jax.devices()[:4], tp, kind)
 
 
 @pytest.mark.h200

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fly_jax.errors import InvalidRequestError
@@ -57,10 +58,29 @@ def test_one_stop_string_is_not_taken_for_its_letters() -> None:
     stop: Any = "end"
     assert SamplingParams(stop=stop).stop == ("end",)
     sequence: Any = ["a", "b"]
-    assert SamplingParams(stop=sequence, stop_token_ids=sequence).stop == ("a", "b")
+    assert SamplingParams(stop=sequence, stop_token_ids=[3, 4]).stop == ("a", "b")
     hash(SamplingParams(stop=sequence))
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.0, True), (1e-6, True), (0.01, False), (1.0, False)])
 def test_a_vanishing_temperature_is_greedy(temperature: float, greedy: bool) -> None:
     assert SamplingParams(temperature=temperature).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", 1.5), ("logprobs", 2.5), ("top_k", 2.5), ("max_tokens", "3"), ("min_tokens", True),
+        ("temperature", "1"), ("top_p", None), ("min_p", True), ("stop", (3,)), ("stop_token_ids", ("x",)),
+        ("ignore_eos", 1), ("prompt_logprobs", 2),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        SamplingParams(**{field: value})
+    assert refused.value.param == field
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    params = SamplingParams(seed=np.int32(7), temperature=np.float32(1.0), top_k=np.int64(3))  # type: ignore[arg-type]
+    assert (type(params.seed), type(params.temperature), type(params.top_k)) == (int, float, int)

@@ -12,7 +12,7 @@ import pytest
 from jax import Array
 
 from kernels_pallas import KVLayout, paged_attention, write_kv
-from kernels_pallas.paged import reference_attention, storage_dtype
+from kernels_pallas.paged import storage_dtype
 
 BLOCK = 4
 CHUNK_BLOCKS = 2
@@ -216,12 +216,3 @@ def test_what_is_written_step_by_step_is_what_attention_reads(dtype: np.dtype[An
     result = attention(layout, 0, None)(query, pool, table, np.array([length - 1]), np.array([1]))
     expected = dense_attention(query[0], key, value, None)
     np.testing.assert_allclose(np.asarray(result)[0], expected, atol=2e-6, rtol=2e-5)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_oracle_of_kernels_equals_the_definition(window: int | None) -> None:
-    rng = np.random.default_rng(5)
-    key, value = rng.normal(size=(2, 7, 2, DIM)).astype(np.float32)
-    query = rng.normal(size=(3, 2, 3, DIM)).astype(np.float32)
-    run = jax.jit(lambda *arrays: reference_attention(*arrays, scale=SCALE, window=window))
-    np.testing.assert_allclose(run(query, key, value), dense_attention(query, key, value, window), atol=1e-5, rtol=1e-5)
