@@ -14,6 +14,8 @@ from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.config import ModelConfig
 from fly_jax.models.sharding import model_spec
+from fly_jax.relayout import CHUNK_SLABS
+from fly_jax.relayout_plan import HeadSplits
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -46,4 +48,15 @@ def check_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int
         if len(parameter.shape) == 2:
             rows = parameter.shape[0] // (tp if parameter.sharded else 1)
             assert report.new_arrays_shaped((rows, parameter.shape[1])) == [], parameter.name
+    return report
+
+
+def check_relayout_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], splits: HeadSplits) -> ProgramReport:
+    """Compiles one relayout and asserts that it aliases the pool and the token table and makes no other pool."""
+    group = DeviceGroup(0, max(splits.source_tp, splits.target_tp))
+    key = ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
+    report = ProgramReport.of(ProgramLowerer(shapes, DeviceMeshes(devices, base_tp=1)).lower(key).compile())
+    token_table_bytes = 4 * shapes.slots
+    assert report.aliased_bytes == shapes.kv.num_blocks * shapes.kv.block_bytes + token_table_bytes
+    assert report.new_arrays(shapes.kv.num_blocks * shapes.kv.block_elements) == []
     return report
