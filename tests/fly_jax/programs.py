@@ -14,6 +14,8 @@ from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.config import ModelConfig
 from fly_jax.models.sharding import ParameterSpec, model_spec
+from fly_jax.relayout import CHUNK_SLABS
+from fly_jax.relayout_plan import HeadSplits
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -41,7 +43,7 @@ def check_no_weight_copies(report: ProgramReport, parameters: Sequence[Parameter
 
 def check_head_copies_no_weight(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int, kind: StepKind) -> None:
     """Compiles a head or score program and asserts that it makes no array of the vocabulary projection's shape."""
-    bucket = shapes.buckets.rows[-1] if kind is StepKind.HEAD else shapes.buckets.tokens[-1]
+    bucket = shapes.buckets(tp).rows[-1] if kind is StepKind.HEAD else shapes.buckets(tp).tokens[-1]
     key = ExecutableKey(DeviceGroup(0, tp), kind, bucket)
     compiled = ProgramLowerer(shapes, DeviceMeshes(devices, base_tp=1)).lower(key).compile()
     check_no_weight_copies(ProgramReport.of(compiled), shapes.model.head.parameters, tp)
@@ -58,4 +60,15 @@ def check_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], tp: int
     assert report.aliased_bytes == shapes.kv.num_blocks * shapes.kv.block_bytes
     assert report.new_arrays(shapes.kv.num_blocks * shapes.kv.block_elements) == []
     check_no_weight_copies(report, shapes.model.decoder.parameters, tp)
+    return report
+
+
+def check_relayout_in_place(shapes: ProgramShapes, devices: Sequence[jax.Device], splits: HeadSplits) -> ProgramReport:
+    """Compiles one relayout and asserts that it aliases the pool and the token table and makes no other pool."""
+    group = DeviceGroup(0, max(splits.source_tp, splits.target_tp))
+    key = ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
+    report = ProgramReport.of(ProgramLowerer(shapes, DeviceMeshes(devices, base_tp=1)).lower(key).compile())
+    token_table_bytes = 4 * shapes.slots
+    assert report.aliased_bytes == shapes.kv.num_blocks * shapes.kv.block_bytes + token_table_bytes
+    assert report.new_arrays(shapes.kv.num_blocks * shapes.kv.block_elements) == []
     return report

@@ -31,6 +31,8 @@ from tests.fly_jax.simulated_runner import (
     simulated_engine,
 )
 
+MIGRATE, SEQUENTIAL = SwitchStrategy.MIGRATE, SwitchStrategy.SEQUENTIAL
+
 
 @st.composite
 def _engines(draw: st.DrawFn) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Snapshot:
         scheduler, runner = engine.scheduler, cast(SimulatedRunner, engine.runner)
         return cls(
             layout=str(scheduler.layout),
-            target=scheduler.target and str(scheduler.target),
+            target=None if scheduler.target is None else str(scheduler.target),
             running={g: [r.request_id for r in local.running] for g, local in scheduler.groups.items()},
             waiting=[request.request_id for request in scheduler.waiting],
             requests={name: _state(request) for name, request in scheduler.requests.items()},
@@ -130,6 +132,12 @@ def _too_long(engine: Engine, target: str) -> list[Request]:
         if each.request.num_tokens + (not each.request.will_sample_no_more)
         > max(capacity(group.size) for group in _new_groups(each.group, target))
     ]
+
+
+def _waiting_too_long(engine: Engine, target: str) -> list[Request]:
+    """Accepted requests that no group of the new layout could ever hold."""
+    capacity = engine.kv.spec.capacity_tokens(max(group.size for group in _groups(target)))
+    return [request for request in engine.scheduler.waiting if request.num_tokens >= capacity]
 
 
 def _check_not_cut_short(spec: KVCacheSpec, each: Moving, target: str) -> None:
@@ -223,7 +231,7 @@ class EngineMachine(RuleBasedStateMachine):
     def finish_a_step_on_its_device(self, data: st.DataObject) -> None:
         data.draw(st.sampled_from(self.runner.unread)).ready = True
 
-    @rule(data=st.data(), strategy=st.sampled_from(SwitchStrategy))
+    @rule(data=st.data(), strategy=st.sampled_from((MIGRATE, MIGRATE, SEQUENTIAL)))
     def switch(self, data: st.DataObject, strategy: SwitchStrategy) -> None:
         target = data.draw(st.sampled_from(_layouts(self.options["base_tp"])))
         before = Snapshot.of(self.engine)
@@ -231,9 +239,11 @@ class EngineMachine(RuleBasedStateMachine):
         too_long = _too_long(self.engine, target)
         if before.target is not None:
             self._check_refused(target, strategy, "under way")
-        elif strategy is SwitchStrategy.MIGRATE and too_long:
+        elif waiting := _waiting_too_long(self.engine, target):
+            self._check_refused(target, strategy, f"request {waiting[0].request_id} waits")
+        elif strategy is MIGRATE and too_long:
             self._check_refused(target, strategy, f"request ({'|'.join(r.request_id for r in too_long)}) holds")
-        elif strategy is SwitchStrategy.MIGRATE:
+        elif strategy is MIGRATE:
             self.engine.begin_switch(target)
             self._check_migrated(target, before, moving)
         else:
@@ -246,17 +256,17 @@ class EngineMachine(RuleBasedStateMachine):
         with pytest.raises(LayoutError, match=reason):
             self.engine.begin_switch(target, strategy)
         assert Snapshot.of(self.engine) == before
-        event(f"a switch is refused: {reason[-9:]}")
+        event("a switch is refused: " + ("a request is too long" if "holds" in reason else reason))
 
     @rule(data=st.data())
     def switch_twice_at_once(self, data: st.DataObject) -> None:
         for _ in range(2):
-            self.switch(data, SwitchStrategy.MIGRATE)
+            self.switch(data, MIGRATE)
 
     def _check_migrated(self, target: str, before: Snapshot, moving: list[Moving]) -> None:
         engine, report = self.engine, self.engine.last_switch
         assert report is not None
-        assert (report.source, report.target, report.strategy) == (before.layout, target, SwitchStrategy.MIGRATE)
+        assert (report.source, report.target, report.strategy) == (before.layout, target, MIGRATE)
         assert not engine.switching
         assert str(engine.layout) == target
         assert report.drain_seconds == 0.0
@@ -428,10 +438,17 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=30)
+TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=30)
 
 
-MIGRATE, SEQUENTIAL = SwitchStrategy.MIGRATE, SwitchStrategy.SEQUENTIAL
+class StressMachine(EngineMachine):
+    """The same for longer."""
+
+
+TestStressMachine = pytest.mark.stress(StressMachine.TestCase)
+TestStressMachine.settings = settings(max_examples=1000, stateful_step_count=40)
+
+
 SWITCHES = [(2, *pair) for pair in product(_layouts(2), repeat=2)] + [
     (1, *pair) for pair in product(_layouts(1), repeat=2)
 ]

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import subprocess
 import sys
+from itertools import permutations
 
 import jax
 import pytest
 
 from fly_jax.executables import StepKind
-from tests.fly_jax.programs import check_head_copies_no_weight, check_in_place, shapes_of_8b
+from fly_jax.relayout import CHUNK_SLABS
+from fly_jax.relayout_plan import HeadSplits
+from tests.fly_jax.programs import check_head_copies_no_weight, check_in_place, check_relayout_in_place, shapes_of_8b
 
 
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
@@ -29,6 +32,15 @@ def test_steps_run_in_place_on_cpu(tp: int, kind: StepKind) -> None:
 @pytest.mark.parametrize("tp", [1, 4])
 def test_heads_copy_no_weight_on_cpu(tp: int, kind: StepKind) -> None:
     check_head_copies_no_weight(shapes_of_8b(num_layers=1, max_tp=4), jax.devices()[:4], tp, kind)
+
+
+@pytest.mark.parametrize(("source_tp", "target_tp"), list(permutations((1, 2, 4), 2)))
+def test_relayouts_run_in_place_on_cpu(source_tp: int, target_tp: int) -> None:
+    shapes, splits = shapes_of_8b(num_layers=2, max_tp=4), HeadSplits(source_tp, target_tp)
+    report = check_relayout_in_place(shapes, jax.devices()[:4], splits)
+    # What is sent and what is received, and again as the all-to-all lays them out.
+    exchanged = max(source_tp, target_tp) * CHUNK_SLABS * shapes.kv.slab_bytes(source_tp, target_tp)
+    assert report.temporary_bytes < 5 * exchanged
 
 
 @pytest.mark.h200

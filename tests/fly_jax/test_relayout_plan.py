@@ -13,18 +13,17 @@ from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.relayout_plan import HeadSplits, SlabMove, SlabPlace, exchange_rounds, regions, relayout_splits, slab_moves
 
 
-def _layouts(start: int, size: int) -> Iterator[tuple[int, ...]]:
-    """Every partition of an aligned run of devices."""
-    yield (size,)
-    if size > 1:
-        half = size // 2
-        for left, right in product(_layouts(start, half), _layouts(start + half, half)):
+def _partitions(num_devices: int) -> Iterator[tuple[int, ...]]:
+    """The degrees of every layout."""
+    yield (num_devices,)
+    if num_devices > 1:
+        for left, right in product(_partitions(num_devices // 2), repeat=2):
             yield (*left, *right)
 
 
 def _pairs(num_devices: int) -> list[tuple[Layout, Layout]]:
-    layouts = [Layout(degrees) for degrees in _layouts(0, num_devices)]
-    return list(product(layouts, repeat=2))
+    layouts = [Layout(degrees) for degrees in _partitions(num_devices)]
+    return [(source, target) for source in layouts for target in layouts]
 
 
 @pytest.mark.parametrize(("num_devices", "count"), [(4, 5), (8, 26)])
@@ -121,7 +120,9 @@ def _requests(draw: st.DrawFn) -> tuple[KVCacheManager, BlockTable, BlockTable, 
     return kv, *tables, tokens
 
 
-def _records(spec: KVCacheSpec, base_tp: int, table: BlockTable, tokens: int) -> dict[tuple[int, int, int], tuple]:
+def _records(
+    spec: KVCacheSpec, base_tp: int, table: BlockTable, tokens: int
+) -> dict[tuple[int, int, int], tuple[int, int]]:
     """``(device, block, place in it) -> (head, position)``, for every head and token that a table holds."""
     tp = table.group.size
     found = {}
@@ -155,7 +156,7 @@ def test_moves_bring_every_head_and_token_to_its_place_once(
     spec, splits = kv.spec, HeadSplits(source.group.size, target.group.size)
     moves = list(slab_moves(spec, kv.base_tp, source, target, tokens))
     held = _records(spec, kv.base_tp, source, tokens)
-    arrived = {}
+    arrived: dict[tuple[int, int, int], tuple[int, int]] = {}
     for move in moves:
         places = zip(
             _slab_records(spec, splits.source_tp, splits, move.source),
