@@ -99,7 +99,7 @@ class GroupScheduler:
             return False
         self.kv.grow(table, request.num_known + 1)
         request.table, request.slot = table, self._free_slots.pop()
-        request.state = RequestState.RUNNING
+        request.state, request.preempted = RequestState.RUNNING, False
         self.running.append(request)
         return True
 

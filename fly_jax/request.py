@@ -29,6 +29,7 @@ class Request:
         num_computed: positions whose KV is written by launched steps.
         num_pending: sampled tokens that are still on the device.
         slot: row of the group's device-side token table while running, -1 otherwise.
+        preempted: waits again after it has run.
         table: where the KV lives, None when there is none.
     """
 
@@ -46,6 +47,7 @@ class Request:
     slot: int = -1
     table: BlockTable | None = None
     finish_reason: FinishReason | None = None
+    preempted: bool = False
 
     @property
     def num_known(self) -> int:
@@ -60,11 +62,6 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
-
-    @property
-    def started(self) -> bool:
-        """Tokens have been generated, or are about to be."""
-        return bool(self.output_ids) or self.num_pending > 0
 
     @property
     def will_sample_no_more(self) -> bool:

@@ -84,7 +84,7 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Takes a running request's KV away; it is recomputed when it runs again. Its pending tokens still count."""
         self._group_of(request).remove(request)
-        request.state = RequestState.WAITING
+        request.state, request.preempted = RequestState.WAITING, True
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
@@ -133,7 +133,7 @@ class Scheduler:
     @property
     def drained(self) -> bool:
         """A switch is under way, and no request runs in a group that it dissolves or was preempted there."""
-        if self.target is None or any(request.started for request in self.waiting):
+        if self.target is None or any(request.preempted for request in self.waiting):
             return False
         return not any(self.groups[group].running for group in self.dissolving)
 
@@ -166,7 +166,7 @@ class Scheduler:
 
         Groups that a switch dissolves take back what they preempted: it may fit no group of the new layout.
         """
-        closed = () if request.started else self.dissolving
+        closed = () if request.preempted else self.dissolving
         spec = self.kv.spec
         open_groups = [scheduler for group, scheduler in self.groups.items() if group not in closed]
         capacity = max((spec.capacity_tokens(each.group.size) for each in open_groups), default=0)
