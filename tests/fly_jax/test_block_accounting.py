@@ -277,6 +277,8 @@ class EngineMachine(RuleBasedStateMachine):
         waiting = list(engine.scheduler.waiting)
         assert waiting[: len(preempted)] == sorted((each.request for each in preempted), key=lambda r: r.arrival)
         assert [request.request_id for request in waiting[len(preempted) :]] == before.waiting
+        for local in (engine.scheduler.groups[group] for group in _groups(target) if group not in before.running):
+            assert local.running == sorted(local.running, key=lambda request: request.arrival)
         for each in moving:
             if each.request not in waiting:
                 assert each.request.num_computed == each.num_computed
@@ -595,14 +597,15 @@ def test_layouts_follow_each_other_with_no_step_between() -> None:
     assert engine.scheduler.num_preemptions == 0
 
 
-def test_a_migration_that_a_request_cannot_follow_is_refused_and_changes_nothing() -> None:
-    engine, _ = simulated_engine(layout="4", num_blocks=8)  # 32 tokens at TP 1, 64 at TP 2
+@pytest.mark.parametrize("tokens", [32, 35])
+def test_a_migration_that_a_request_cannot_follow_is_refused_and_changes_nothing(tokens: int) -> None:
+    engine, _ = simulated_engine(layout="4", num_blocks=8, overlap=False)  # 32 tokens at TP 1, 64 at TP 2
     load = Load(engine)
-    load.add("long", [1] * 30)
+    long = load.add("long", [1] * 30)
     load.add("short", [2] * 3)
-    load.step(4)
+    _run_until(lambda: long.num_tokens == tokens, load.step)
     before = Snapshot.of(engine)
-    with pytest.raises(LayoutError, match=r"request long holds 3\d tokens but the widest new group .* holds 32"):
+    with pytest.raises(LayoutError, match=rf"request long holds {tokens} tokens but the widest new group .* holds 32"):
         engine.begin_switch("1+1+1+1")
     assert Snapshot.of(engine) == before
     engine.begin_switch("2+1+1")  # a group of two holds it
@@ -665,6 +668,21 @@ def test_a_migration_moves_in_rounds_what_does_not_fit_at_once() -> None:
     assert report is not None
     assert (report.requests_moved, report.tokens_recomputed) == (5, 0)
     assert len(runner.relayouts) > 1
+    for local in engine.scheduler.groups.values():
+        assert local.running == sorted(local.running, key=lambda request: request.arrival)
+    load.finish(max_tokens=8)
+
+
+def test_requests_that_a_migration_preempts_wait_in_the_order_in_which_they_came() -> None:
+    engine, _ = simulated_engine(layout="4", num_blocks=7, max_num_seqs=8)
+    load = Load(engine)
+    for i in range(5):
+        load.add(f"r{i}", [1 + i] * 17, max_tokens=8)
+    load.step(2)
+    assert engine.scheduler.num_running == 3
+    engine.begin_switch("1+1+1+1")
+    assert engine.scheduler.num_preemptions == 2
+    assert [request.request_id for request in engine.scheduler.waiting] == ["r1", "r2", "r3", "r4"]
     load.finish(max_tokens=8)
 
 
