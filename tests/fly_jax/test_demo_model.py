@@ -78,8 +78,8 @@ def test_stories_and_answers_are_identical_across_switches_in_mid_generation(llm
     switcher.join()
     for outputs in rounds:
         assert [output.token_ids for output in outputs] == expected
-    # An idle engine drains in microseconds: this one was in the middle of generation.
-    assert max(report.drain_seconds for report in reports) > 1e-3
+    assert max(report.requests_moved for report in reports) > 0
+    assert all(report.tokens_recomputed == 0 for report in reports)
 
 
 def test_a_story_is_told_to_its_end(llm: LLM) -> None:

@@ -69,12 +69,15 @@ def test_a_batch_gives_in_every_layout_what_each_prompt_gives_alone(
     assert_same(llm.generate(prompts(), GREEDY), expected)
 
 
-def test_requests_in_flight_finish_correctly_across_switches(llm: LLM, expected: list[RequestOutput]) -> None:
+@pytest.mark.parametrize("strategy", ["migrate", "sequential"])
+def test_requests_in_flight_finish_correctly_across_switches(
+    llm: LLM, expected: list[RequestOutput], strategy: str
+) -> None:
     reports = []
 
     def switch_around() -> None:
         for layout in ("2+2", "4", "2+1+1", "1+1+1+1"):
-            reports.append(llm.switch(layout))
+            reports.append(llm.switch(layout, strategy))
 
     switcher = threading.Thread(target=switch_around)
     switcher.start()
@@ -83,8 +86,13 @@ def test_requests_in_flight_finish_correctly_across_switches(llm: LLM, expected:
     for batch in outputs:
         assert_same(batch, expected)
     assert [report.target for report in reports] == ["2+2", "4", "2+1+1", "1+1+1+1"]
-    # An idle engine drains in microseconds; a step alone takes longer than this.
-    assert max(report.drain_seconds for report in reports) > 1e-3
+    if strategy == "migrate":
+        assert all(report.drain_seconds == report.tokens_recomputed == 0 for report in reports)
+        assert max(report.requests_moved for report in reports) > 0
+        assert max(report.kv_bytes_moved for report in reports) > 0
+    else:
+        # An idle engine drains in microseconds; a step alone takes longer than this.
+        assert max(report.drain_seconds for report in reports) > 1e-3
     assert all(report.weight_bytes_moved == 0 for report in reports)
 
 
