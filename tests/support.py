@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,11 @@ def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[
         (result,) = runner.harvest(runner.launch(StepPlan(group, (), (row,))))
         scores.extend(result.scores)
     return np.asarray(scores, np.float32)
+
+
+def wait_until_running(llm: LLM, timeout: float = 120.0) -> None:
+    """Returns once a request runs; another thread sends them."""
+    deadline = time.monotonic() + timeout
+    while llm.stats().running == 0:
+        assert time.monotonic() < deadline, "no request came to run"
+        time.sleep(0.001)

@@ -10,6 +10,7 @@ import pytest
 
 from checkpoints.demo.text import RecallTask, recall_prompt, story_prompt
 from fly_jax import LLM, SamplingParams
+from tests.support import wait_until_running
 
 MODEL = Path(__file__).parents[2] / "checkpoints" / "demo" / "model"
 LAYOUTS = ("1+1+1+1", "2+2", "4", "2+1+1")
@@ -70,12 +71,15 @@ def test_stories_and_answers_are_identical_across_switches_in_mid_generation(llm
     reports = []
 
     def switch_around() -> None:
-        reports.extend(llm.switch(layout) for layout in ("2+2", "4", "2+1+1", "1+1+1+1"))
+        for layout in ("2+2", "4", "2+1+1", "1+1+1+1"):
+            wait_until_running(llm)
+            reports.append(llm.switch(layout))
 
     switcher = threading.Thread(target=switch_around)
     switcher.start()
-    rounds = [llm.generate(prompts, STORY) for _ in range(3)]
-    switcher.join()
+    rounds = []
+    while switcher.is_alive():
+        rounds.append(llm.generate(prompts, STORY))
     for outputs in rounds:
         assert [output.token_ids for output in outputs] == expected
     assert max(report.requests_moved for report in reports) > 0
