@@ -121,9 +121,7 @@ class Scheduler:
         Raises:
             LayoutError: another switch is under way, or an accepted request fits no group of ``target``.
         """
-        if self.target is not None:
-            raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
-        self._check_waiting(target)
+        self._check_may_switch(target)
         self.target = target
 
     def migrate(self, target: Layout, launch: LaunchMoves) -> MigrationTotals:
@@ -133,9 +131,7 @@ class Scheduler:
             LayoutError: another switch is under way, or a request holds more than any of its new groups can;
                 nothing has changed then.
         """
-        if self.target is not None:
-            raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
-        self._check_waiting(target)
+        self._check_may_switch(target)
         changing = regions(self.layout, target)
         for region in changing:
             self._check_fits(region)
@@ -223,8 +219,10 @@ class Scheduler:
         fitting = [each for each in open_groups if spec.capacity_tokens(each.group.size) >= needed > request.num_known]
         return sorted(fitting, key=lambda each: (len(each.running) / each.group.size, -self.kv.free_blocks(each.group)))
 
-    def _check_waiting(self, target: Layout) -> None:
-        """Refuses a layout that could never hold a request that has been accepted."""
+    def _check_may_switch(self, target: Layout) -> None:
+        """Refuses a second switch at a time, and a layout that could never hold a request that has been accepted."""
+        if self.target is not None:
+            raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
         capacity = self.kv.spec.capacity_tokens(target.widest)
         for request in self.waiting:
             if request.num_tokens >= capacity:
