@@ -7,12 +7,13 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
+from fly_jax.choices import policy_named, strategy_named
 from fly_jax.config import EngineConfig
 from fly_jax.engine import Engine
 from fly_jax.engine_thread import EngineThread
 from fly_jax.errors import EngineDeadError
 from fly_jax.loader import LoadedModel, Progress, load_model
-from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
+from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.tokenizer import Tokenizer
 
@@ -27,7 +28,6 @@ class AsyncEngine:
     def __init__(self, model: LoadedModel) -> None:
         self.plan = model.plan
         self._thread = EngineThread(Engine(model))
-        self._layout = str(model.plan.layout)
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
@@ -60,8 +60,14 @@ class AsyncEngine:
 
     @property
     def layout(self) -> str:
-        """The layout in force, as of the last switch that was awaited."""
-        return self._layout
+        """The layout in force, whoever chose it.
+
+        Asks the engine, which answers between two steps: on an event loop, await :meth:`stats` instead.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        return self.stats_now().layout
 
     async def generate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
@@ -98,15 +104,29 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         await asyncio.wrap_future(self._thread.abort(request_id))
 
-    async def switch(self, layout: str, strategy: str = "migrate") -> SwitchReport:
-        """Goes to another layout while requests run.
+    async def switch(self, layout: str, strategy: str | None = None) -> SwitchReport:
+        """Goes to another layout while requests run, and pins it.
+
+        Args:
+            strategy: what becomes of running requests, see :class:`fly_jax.outputs.SwitchStrategy`; None: what
+                ``switch_strategy`` says.
 
         Raises:
             LayoutError: the layout does not fit the devices.
+            ConfigError: there is no such strategy.
         """
-        report = await asyncio.wrap_future(self._thread.switch(layout, SwitchStrategy(strategy)))
-        self._layout = report.target
-        return report
+        return await asyncio.wrap_future(self._thread.switch(layout, strategy_named(strategy)))
+
+    async def set_policy(self, policy: str) -> str:
+        """Hands the choice of the layout to the engine (``auto``), or pins the one in force (``static``).
+
+        Returns:
+            The policy now in force, ``load_adaptive`` or ``static``.
+
+        Raises:
+            ConfigError: there is no such policy, or the engine cannot follow it.
+        """
+        return await asyncio.wrap_future(self._thread.set_policy(policy_named(policy)))
 
     async def stats(self) -> EngineStats:
         return await asyncio.wrap_future(self._thread.stats())

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fly_jax.errors import ConfigError
+from fly_jax.outputs import SwitchStrategy
 
 # Two tiles: one that decodes may have to share, and one of prompt.
 MIN_PROMPT_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16")
+POLICIES = ("auto", "load_adaptive", "static")
+SCHEDULING_POLICIES = ("priority", "fcfs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,10 @@ class EngineConfig:
         devices: how many devices to use; None: all (on CPU: 4 virtual ones).
         layout: the first layout (``2+2``, ``dp4``, ``tp4``, ...); None: the narrowest.
         layouts: the layouts that programs are compiled for; None: every one that fits the devices.
+        policy: who chooses the layout: ``static`` keeps it until somebody asks for another, ``auto``
+            (``load_adaptive``) plans it with the load.
+        switch_strategy: what becomes of requests in flight at switches that name no strategy.
+        scheduling_policy: ``priority``: a request with a lower priority number runs first; ``fcfs`` ignores it.
         base_tp: smallest TP degree that holds the model; None: found from the memory.
         dtype: ``auto`` keeps the checkpoint's.
         max_model_len: context limit in tokens; None: the model's own.
@@ -40,6 +47,9 @@ class EngineConfig:
     devices: int | None = None
     layout: str | None = None
     layouts: tuple[str, ...] | None = None
+    policy: str = "auto"
+    switch_strategy: SwitchStrategy = SwitchStrategy.MIGRATE
+    scheduling_policy: str = "priority"
     base_tp: int | None = None
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -56,8 +66,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("policy", POLICIES),
+            ("switch_strategy", tuple(SwitchStrategy)),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "switch_strategy", SwitchStrategy(self.switch_strategy))
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -7,25 +7,41 @@ import operator
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from fly_jax.errors import InvalidRequestError, LayoutError
+from fly_jax.errors import InvalidRequestError
 from fly_jax.group_scheduler import StepPlan
 from fly_jax.kv_cache import KVCacheManager
-from fly_jax.layout import Layout
+from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.layout_control import STATIC, LayoutControl
+from fly_jax.load import Machine
 from fly_jax.loader import LoadedModel
-from fly_jax.migration import MigrationTotals
 from fly_jax.output_processor import OutputProcessor
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.request import Request, RequestState
 from fly_jax.runner import InFlightStep, RowResult
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduler import Scheduler
+from fly_jax.step_times import step_times_of
+from fly_jax.switch_log import SwitchTicket
 
 logger = logging.getLogger(__name__)
 
 # Steps of one group that may be launched and not yet harvested: one runs while the next is prepared.
 STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step in flight, and the number of its launch."""
+
+    step: InFlightStep
+    number: int
+
+    @property
+    def group(self) -> DeviceGroup:
+        return self.step.plan.group
 
 
 class Engine:
@@ -35,7 +51,11 @@ class Engine:
     launches have one total order and collectives of overlapping groups can never wait for each other in a circle.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, clock: Callable[[], float] = time.perf_counter) -> None:
+        """
+        Args:
+            clock: seconds; a simulation gives its own.
+        """
         self.model = model
         self.runner = model.runner
         plan, config = model.plan, model.plan.config
@@ -44,17 +64,31 @@ class Engine:
             plan.layout,
             plan.limits,
             self.kv,
+            self.runner,
             max_model_len=plan.max_model_len,
             max_queued=config.max_num_queued_reqs,
+            compiled=plan.groups,
+            elastic=config.policy != STATIC,
+        )
+        machine = Machine(
+            num_devices=len(plan.devices),
+            base_tp=plan.base_tp,
+            groups=frozenset(plan.groups),
+            kv=plan.shapes.kv,
+            limits=plan.limits,
+            step_times=step_times_of(self.runner.executables.step_seconds),
+        )
+        self.control = LayoutControl(
+            self.scheduler, machine, policy=config.policy, strategy=config.switch_strategy, clock=clock
         )
         self.outputs = OutputProcessor(plan.tokenizer, plan.eos_token_ids)
+        self._clock = clock
+        self._by_priority = config.scheduling_policy == "priority"
         self._depth = STEPS_IN_FLIGHT if config.overlap else 1
-        self._in_flight: deque[InFlightStep] = deque()  # in order of launch
+        self._in_flight: deque[_Launched] = deque()  # in order of launch
         self._seeds = random.Random(config.seed)
-        self._switch_started = 0.0
         self._finished: Counter[str] = Counter()
         self._counters: Counter[str] = Counter()
-        self._last_switch: SwitchReport | None = None
         self._compiles_at_start = model.compiles.count
 
     # -- the step loop ----------------------------------------------------------------------------------------
@@ -65,33 +99,43 @@ class Engine:
         Returns:
             What requests gained; empty if nothing has finished yet.
         """
+        self.control.plan()
         self.scheduler.route()
-        launched = [self._dispatch(plan) for plan in self._schedule()]
+        launched = self._launch_steps()
+        if self.control.advance(launched, {each.group for each in self._in_flight}):
+            self.scheduler.route()
+            launched += self._launch_steps()
         deltas: list[RequestDelta] = []
         for step in self._ready_steps(block=not launched):
             deltas += self._harvest(step)
-        self._switch_if_drained()
+        self.control.settle()
         return deltas
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
+    def _launch_steps(self) -> list[DeviceGroup]:
+        plans = self._schedule()
+        self.control.prepare()
+        for plan in plans:
+            self._dispatch(plan)
+        return [plan.group for plan in plans]
+
     def _schedule(self) -> list[StepPlan]:
         plans = []
-        launched = Counter(step.plan.group for step in self._in_flight)
+        launched = Counter(each.group for each in self._in_flight)
         for group in self.scheduler.groups:
             if launched[group] < self._depth and (plan := self.scheduler.schedule(group)):
                 plans.append(plan)
         return plans
 
-    def _dispatch(self, plan: StepPlan) -> InFlightStep:
+    def _dispatch(self, plan: StepPlan) -> None:
         step = self.runner.launch(plan)
-        self._in_flight.append(step)
+        self._in_flight.append(_Launched(step, self.control.log.launched(plan.group)))
         self._counters["steps"] += 1
-        return step
 
-    def _ready_steps(self, block: bool) -> list[InFlightStep]:
+    def _ready_steps(self, block: bool) -> list[_Launched]:
         """Takes the steps whose results can be read; waits until one can if ``block``.
 
         A step is not read before an older one of the same request: after a switch its tokens come from steps of
@@ -99,31 +143,31 @@ class Engine:
         """
         ready = self._readable()
         if not ready and block and self._in_flight:
-            self.runner.wait_for_any(self._in_flight)
+            self.runner.wait_for_any([each.step for each in self._in_flight])
             ready = self._readable() or [self._in_flight[0]]
-        for step in ready:
-            self._in_flight.remove(step)
+        for each in ready:
+            self._in_flight.remove(each)
         return ready
 
-    def _readable(self) -> list[InFlightStep]:
-        ready: list[InFlightStep] = []
+    def _readable(self) -> list[_Launched]:
+        ready: list[_Launched] = []
         blocked: set[Request] = set()
-        for step in self._in_flight:
-            requests = [row.request for row in step.plan.rows]
-            if blocked.isdisjoint(requests) and (self._depth == 1 or step.ready):
-                ready.append(step)
+        for each in self._in_flight:
+            requests = [row.request for row in each.step.plan.rows]
+            if blocked.isdisjoint(requests) and (self._depth == 1 or each.step.ready):
+                ready.append(each)
             else:
                 blocked.update(requests)
         return ready
 
-    def _harvest(self, step: InFlightStep) -> list[RequestDelta]:
+    def _harvest(self, launched: _Launched) -> list[RequestDelta]:
         deltas = []
-        for result in self.runner.harvest(step):
-            if delta := self._apply(result):
+        for result in self.runner.harvest(launched.step):
+            if delta := self._apply(result, launched.number):
                 deltas.append(delta)
         return deltas
 
-    def _apply(self, result: RowResult) -> RequestDelta | None:
+    def _apply(self, result: RowResult, launch: int) -> RequestDelta | None:
         """Adds a row's results to its request; a row of a request that ended meanwhile is dropped."""
         row, request = result.row, result.row.request
         if request.finished:
@@ -135,6 +179,7 @@ class Engine:
         request.num_pending -= 1
         request.output_ids.append(result.token.token_id)
         self._counters["generation_tokens"] += 1
+        self.control.log.delivered(request, launch)
         try:
             delta = self.outputs.push(request, result.token)
         except Exception as error:  # a tokenizer's failure is that request's, not the engine's
@@ -155,15 +200,16 @@ class Engine:
             bounded: refuse it when too many wait already; offline batches have no such limit.
 
         Raises:
-            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id.
-            ContextLengthError: the prompt fits no group of the layout.
+            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id, too wide a group.
+            ContextLengthError: the prompt fits no group that there could be.
             QueueFullError: too many wait already.
         """
         if not len(prompt_ids):
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
         if request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
-        self.scheduler.check(len(prompt_ids), bounded=bounded)
+        min_width = params.tensor_parallel_size or 1
+        self.scheduler.check(len(prompt_ids), min_width, bounded=bounded)
         prompt = self._checked_tokens(prompt_ids)
         room = self.scheduler.max_model_len - len(prompt_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
@@ -171,12 +217,15 @@ class Engine:
             request_id=request_id,
             prompt_ids=prompt,
             params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            limit=room if params.max_tokens is None else min(params.max_tokens, room),
             seed=seed,
-            arrival=time.monotonic(),
+            arrival=self._clock(),
+            min_width=min_width,
+            priority=params.priority if self._by_priority else 0,
         )
         self.outputs.add(request)
         self.scheduler.add(request)
+        self.control.arrived(request)
         self._counters["prompt_tokens"] += len(prompt_ids)
 
     def _checked_tokens(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
@@ -192,7 +241,11 @@ class Engine:
     def abort(self, request_id: str) -> RequestDelta | None:
         """Ends a request and frees its blocks at once; None if it is not known (any more)."""
         request = self.scheduler.requests.get(request_id)
-        return None if request is None else self._end(request, FinishReason.ABORT)
+        if request is None:
+            return None
+        delta = self._end(request, FinishReason.ABORT)
+        self.control.settle()  # there may be no more steps
+        return delta
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestDelta:
         self._close(request, reason)
@@ -207,6 +260,7 @@ class Engine:
     def _close(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.finish(request, reason)
         self.outputs.discard(request)
+        self.control.ended(request)
         self._finished[str(reason)] += 1
         assert request.state is RequestState.FINISHED
 
@@ -218,83 +272,46 @@ class Engine:
 
     @property
     def switching(self) -> bool:
-        return self.scheduler.target is not None
+        return self.control.switching
 
     @property
     def last_switch(self) -> SwitchReport | None:
-        return self._last_switch
+        history = self.control.log.history
+        return history[-1] if history else None
 
-    def parse_layout(self, text: str) -> Layout:
-        """A layout that can be switched to.
+    def begin_switch(self, text: str, strategy: SwitchStrategy | None = None) -> SwitchTicket:
+        """Goes to another layout at one of the next steps, and keeps it: the policy becomes ``static``.
 
-        Raises:
-            LayoutError: the text does not fit the devices, or programs for it were not compiled.
-        """
-        layout = Layout.parse(text, len(self.model.plan.devices), self.model.plan.base_tp)
-        if missing := [str(group) for group in layout.groups if group not in self.model.plan.groups]:
-            raise LayoutError(
-                f"layout {layout} needs {', '.join(missing)}, which --layouts left out: start again with {layout} in it"
-            )
-        return layout
-
-    def begin_switch(self, text: str, strategy: SwitchStrategy = SwitchStrategy.MIGRATE) -> Layout:
-        """Goes to another layout: at once, or with ``SEQUENTIAL`` once the groups concerned have drained.
+        Args:
+            strategy: what becomes of requests in flight; None: the configured one.
 
         Raises:
             LayoutError: the layout does not fit, a request does not fit it, or a switch is already under way.
         """
-        target, source = self.parse_layout(text), self.layout
-        started = time.perf_counter()
-        if strategy is SwitchStrategy.MIGRATE:
-            totals = self.scheduler.migrate(target, self.runner.relayout)
-            self._report_switch(source, strategy, 0.0, time.perf_counter() - started, totals)
-        else:
-            self.scheduler.begin_switch(target)
-            self._switch_started = started
-            logger.info("switch %s -> %s: draining %s", source, target, [str(g) for g in self.scheduler.dissolving])
-        return target
+        return self.control.begin(text, strategy)
 
-    def _switch_if_drained(self) -> None:
-        concerned = self.scheduler.dissolving
-        if not self.scheduler.drained or any(step.plan.group in concerned for step in self._in_flight):
-            return
-        drained, source = time.perf_counter(), self.layout
-        self.scheduler.complete_switch()
-        cutover = time.perf_counter() - drained
-        self._report_switch(
-            source, SwitchStrategy.SEQUENTIAL, drained - self._switch_started, cutover, MigrationTotals()
-        )
+    def set_policy(self, name: str) -> str:
+        """Hands the layout to a policy; returns its canonical name.
 
-    def _report_switch(
-        self, source: Layout, strategy: SwitchStrategy, drain: float, cutover: float, totals: MigrationTotals
-    ) -> None:
-        self._counters["switches"] += 1
-        report = SwitchReport(
-            source=str(source),
-            target=str(self.layout),
-            strategy=strategy,
-            drain_seconds=drain,
-            cutover_seconds=cutover,
-            requests_moved=totals.requests,
-            kv_bytes_moved=totals.bytes_moved,
-            kv_blocks_moved=totals.blocks_moved,
-            tokens_recomputed=totals.tokens_recomputed,
-            requests_waiting=len(self.scheduler.waiting),
-        )
-        self._last_switch = report
-        logger.info(
-            "switch %s -> %s (%s): drained in %.1f ms, cutover %.2f ms, %d requests and %d KV bytes moved",
-            report.source, report.target, strategy, 1e3 * drain, 1e3 * cutover, totals.requests, totals.bytes_moved,
-        )  # fmt: skip
+        Raises:
+            ConfigError: there is no such policy.
+            LayoutError: the layout cannot be kept, because a request needs a wider one.
+        """
+        return self.control.set_policy(name)
 
     # -- observation ------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        scheduler, model = self.scheduler, self.model
+        scheduler, model, control = self.scheduler, self.model, self.control
         return EngineStats(
             layout=str(scheduler.layout),
             target_layout=None if scheduler.target is None else str(scheduler.target),
+            policy=control.policy,
+            strategy=str(control.strategy),
+            last_decision=control.last_decision,
+            decisions=dict(control.decisions),
             running=scheduler.num_running,
+            paused=len(scheduler.paused),
             waiting=len(scheduler.waiting),
             kv_usage=self.kv.usage,
             free_blocks=tuple(allocator.num_free for allocator in self.kv.allocators),
@@ -304,8 +321,10 @@ class Engine:
             generation_tokens=self._counters["generation_tokens"],
             requests_finished=dict(self._finished),
             preemptions=scheduler.num_preemptions,
-            switches=self._counters["switches"],
-            last_switch=self._last_switch,
+            switches={str(strategy): count for strategy, count in control.log.count.items()},
+            switch_history=tuple(control.log.history),
+            switch_tokens_recomputed=control.log.tokens_recomputed,
+            switch_kv_bytes_moved=control.log.kv_bytes_moved,
             executables=len(self.runner.executables),
             compile_seconds=self.runner.executables.compile_seconds,
             compiles_after_warmup=model.compiles.count - self._compiles_at_start,

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fly_jax.engine import Engine
-from fly_jax.errors import EngineDeadError, LayoutError
-from fly_jax.layout import Layout
+from fly_jax.errors import EngineDeadError, FlyJaxError, LayoutError
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.switch_log import SwitchTicket
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +24,26 @@ Command = Callable[[Engine], None]
 Sink = Callable[[RequestDelta | EngineDeadError], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
+class _PendingPolicy:
+    """A change of policy that waits for the switches asked for before it."""
+
+    policy: str
+    done: Future[str]
+
+
+@dataclass(eq=False, slots=True)
 class _PendingSwitch:
-    target: Layout
-    strategy: SwitchStrategy
+    """A switch that somebody asked for and waits for.
+
+    Attributes:
+        ticket: None until it has begun.
+    """
+
+    layout: str
+    strategy: SwitchStrategy | None
     done: Future[SwitchReport]
+    ticket: SwitchTicket | None = None
 
 
 class EngineThread:
@@ -41,8 +56,7 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
-        self._switches: deque[_PendingSwitch] = deque()
-        self._switching: _PendingSwitch | None = None
+        self._switches: deque[_PendingSwitch | _PendingPolicy] = deque()  # in the order in which they were asked for
         self._stopping = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -74,8 +88,12 @@ class EngineThread:
 
         return self.call(end)
 
-    def switch(self, layout: str, strategy: SwitchStrategy = SwitchStrategy.MIGRATE) -> Future[SwitchReport]:
-        """Goes to another layout; switches asked for while one is under way follow in order."""
+    def switch(self, layout: str, strategy: SwitchStrategy | None = None) -> Future[SwitchReport]:
+        """Goes to another layout and keeps it; switches asked for while one is under way follow in order.
+
+        Args:
+            strategy: what becomes of requests in flight; None: the configured one.
+        """
         done: Future[SwitchReport] = Future()
 
         def begin(engine: Engine) -> None:
@@ -83,11 +101,28 @@ class EngineThread:
                 return
             try:
                 self._check_running()
-                self._switches.append(_PendingSwitch(engine.parse_layout(layout), strategy, done))
+                engine.control.parse(layout)
+                self._switches.append(_PendingSwitch(layout, strategy, done))
             except Exception as error:
                 done.set_exception(error)
 
         self._post(begin, done)
+        return done
+
+    def set_policy(self, policy: str) -> Future[str]:
+        """Hands the layout to a policy once the switches asked for before are through; gives its canonical name."""
+        done: Future[str] = Future()
+
+        def queue_up(engine: Engine) -> None:  # noqa: ARG001  a command's shape
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                self._check_running()
+                self._switches.append(_PendingPolicy(policy, done))
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(queue_up, done)
         return done
 
     def stats(self) -> Future[EngineStats]:
@@ -134,7 +169,7 @@ class EngineThread:
 
     def _take_commands(self, engine: Engine) -> bool:
         """Runs queued commands, waiting for one if the engine is idle; False at shutdown."""
-        idle = not (engine.has_work or self._switches or self._switching)
+        idle = not (engine.has_work or self._switches)
         try:
             while True:
                 command = self._commands.get(block=idle)
@@ -146,18 +181,24 @@ class EngineThread:
             return True
 
     def _advance_switches(self, engine: Engine) -> None:
-        if self._switching is not None and not engine.switching:
-            report = engine.last_switch
-            assert report is not None
-            self._switching.done.set_result(report)
-            self._switching = None
-        if self._switching is None and self._switches and not engine.switching:
-            switch = self._switching = self._switches.popleft()
-            try:
-                engine.begin_switch(str(switch.target), switch.strategy)
-            except LayoutError as error:
-                switch.done.set_exception(error)
-                self._switching = None
+        """Answers for the switches that are through, and begins the next."""
+        for switch in list(self._switches):
+            if isinstance(switch, _PendingPolicy):
+                if engine.switching:
+                    return
+                self._switches.remove(switch)
+                _set_policy(engine, switch)
+            elif switch.ticket is None:
+                if engine.switching:
+                    return
+                try:
+                    switch.ticket = engine.begin_switch(switch.layout, switch.strategy)
+                except LayoutError as error:
+                    self._switches.remove(switch)
+                    switch.done.set_exception(error)
+            elif switch.ticket.settled:
+                self._switches.remove(switch)
+                _answer(switch.ticket, switch.done)
 
     def _check_running(self) -> None:
         """Refuses a command that was queued while the engine failed: nothing would ever answer it."""
@@ -181,9 +222,9 @@ class EngineThread:
         """Answers everybody; from here on commands are refused where they are given."""
         with self._lock:
             self._stopping = True
-        for switch in (self._switching, *self._switches):
-            if switch is not None and not switch.done.done():
-                switch.done.set_exception(error)
+        for switch in self._switches:
+            switch.done.set_exception(error)
+        self._switches.clear()
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             self._give(sink, error)
@@ -204,3 +245,18 @@ class EngineThread:
         error = EngineDeadError(f"the engine has stopped: {self._failure or 'it was shut down'}")
         error.__cause__ = self._failure
         return error
+
+
+def _answer(ticket: SwitchTicket, done: Future[SwitchReport]) -> None:
+    if ticket.error is not None:
+        done.set_exception(ticket.error)
+    else:
+        assert ticket.report is not None
+        done.set_result(ticket.report)
+
+
+def _set_policy(engine: Engine, change: _PendingPolicy) -> None:
+    try:
+        change.done.set_result(engine.set_policy(change.policy))
+    except FlyJaxError as error:
+        change.done.set_exception(error)

@@ -19,11 +19,12 @@ from fly_jax.buckets import Buckets
 from fly_jax.device_arrays import BY_RANK
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.errors import CompileError
+from fly_jax.group_scheduler import SchedulerLimits
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.sharding import ModelSpec, ModuleSpec
-from fly_jax.relayout import CHUNK_SLABS, exchange_layout, relayout
-from fly_jax.relayout_plan import HeadSplits, relayout_splits
+from fly_jax.relayout import exchange_layout, relayout
+from fly_jax.relayout_plan import CHUNK_SLABS, HeadSplits, relayout_splits
 from kernels_pallas import KVLayout
 from kernels_pallas.paged import storage_dtype
 
@@ -67,7 +68,7 @@ class ProgramShapes:
 
     Attributes:
         max_num_seqs: requests that a group of the base degree runs at once; wider groups run proportionally more.
-        slots: columns of a device's token table; one more than the most requests, the last for pad rows.
+        slots: columns of a device's token table; one more than there are for requests, the last for pad rows.
     """
 
     model: ModelSpec
@@ -81,10 +82,14 @@ class ProgramShapes:
 
     @property
     def slots(self) -> int:
-        return self.max_num_seqs * (self.num_devices // self.base_tp) + 1
+        return self._limits.slots(self.num_devices, self.base_tp) + 1
 
     def buckets(self, tp: int) -> Buckets:
-        return Buckets.of(self.max_num_seqs * tp // self.base_tp, self.tile_budget)
+        return Buckets.of(self._limits.max_running(tp, self.base_tp), self.tile_budget)
+
+    @property
+    def _limits(self) -> SchedulerLimits:
+        return SchedulerLimits(self.max_num_seqs, self.tile_budget)
 
     def sample_rows(self, tp: int) -> int:
         return self.buckets(tp).rows[-1]

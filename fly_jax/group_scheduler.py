@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,10 +20,20 @@ class SchedulerLimits:
 
     Attributes:
         max_num_seqs: requests that a group of the base degree runs at once; wider groups run proportionally more.
+        patience: scheduler passes after which somebody who waits or is paused comes before others.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    patience: int = 512
+
+    def max_running(self, tp: int, base_tp: int) -> int:
+        """Requests that one group runs at once: decodes always leave a step room for a chunk of a prompt."""
+        return max(1, min(self.max_num_seqs * tp // base_tp, self.tile_budget - TILE_TOKENS))
+
+    def slots(self, num_devices: int, base_tp: int) -> int:
+        """Most requests that are in the devices' token tables: those that run, and as many again that are paused."""
+        return 2 * self.max_num_seqs * (num_devices // base_tp)
 
     @property
     def tile_budget(self) -> int:
@@ -80,6 +91,10 @@ class SlotPool:
     def __init__(self, count: int) -> None:
         self._free = list(range(count - 1, -1, -1))
 
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
     def take(self) -> int:
         return self._free.pop()
 
@@ -90,9 +105,12 @@ class SlotPool:
 class GroupScheduler:
     """Continuous batching with chunked prefill for one group.
 
-    Decodes go first, each one token; what is left of the token budget goes to prompt chunks in order of
-    admission. Blocks of a whole prompt are taken at admission, so only decodes can run short; then the
-    latest-admitted request is preempted and later recomputed.
+    Decodes go first, each one token; what is left of the token budget goes to prompt chunks in order of rank.
+    Blocks of a whole prompt are taken at admission, so only decodes can run short; then the request of lowest rank
+    is preempted and later recomputed.
+
+    Attributes:
+        running: by rank.
     """
 
     def __init__(self, group: DeviceGroup, limits: SchedulerLimits, kv: KVCacheManager, slots: SlotPool) -> None:
@@ -100,65 +118,93 @@ class GroupScheduler:
         self.limits = limits
         self.kv = kv
         self.slots = slots
-        self.max_running = limits.max_num_seqs * group.size // kv.base_tp
+        self.max_running = limits.max_running(group.size, kv.base_tp)
         self.running: list[Request] = []
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Longest context that the group holds when nothing else is in its pools."""
+        return self.kv.spec.capacity_tokens(self.group.size)
 
     def admit(self, request: Request) -> bool:
         """Starts a request here if a slot and the blocks of all its known tokens are free."""
-        if len(self.running) >= self.max_running:
+        if len(self.running) >= self.max_running or not self.slots.num_free:
+            return False
+        if self._blocks_short(request, self._decode_reserve(len(self.running))) > 0:
             return False
         table = self.kv.new_table(self.group)
-        reserve = self._decode_reserve()
-        if self.kv.missing_blocks(table, request.num_known + 1) + reserve > self.kv.free_blocks(self.group):
-            return False
         self.kv.grow(table, request.num_known + 1)
         request.table, request.slot = table, self.slots.take()
-        request.state, request.preempted = RequestState.RUNNING, False
-        self.running.append(request)
+        request.preempted = False
+        self.add(request)
         return True
 
-    def remove(self, request: Request) -> None:
-        """Takes a request out and frees its slot and blocks; its KV is gone.
+    def add(self, request: Request) -> None:
+        """Takes in a request that has a block table of this group and a slot."""
+        request.state, request.held_up_since = RequestState.RUNNING, None
+        insort(self.running, request, key=lambda each: each.rank)
 
-        A step in flight may still write to the freed blocks. That is harmless: whoever gets them next writes
-        in a later launch, and each device runs its launches in order.
+    def victims_for(self, request: Request) -> list[Request] | None:
+        """Whom to preempt for a request to be admitted, lowest rank first; None if that would not help.
+
+        Those are of lower priority. A request that is overdue also displaces its equals, but nobody who was.
         """
-        self.running.remove(request)
-        self.slots.give_back(request.slot)
-        request.slot = -1
-        if request.table is not None:
-            self.kv.release(request.table)
-            request.table = None
-        request.num_computed = 0
+        victims: list[Request] = []
+        for candidate in reversed(self.running):
+            equal = request.overdue and candidate.priority == request.priority
+            if candidate.overdue or not (candidate.priority > request.priority or equal):
+                continue
+            victims.append(candidate)
+            blocks = sum(victim.held_table.num_blocks for victim in victims)
+            left = len(self.running) - len(victims)
+            if left < self.max_running and self._blocks_short(request, self._decode_reserve(left)) <= blocks:
+                return victims
+        return None
 
-    def schedule(self, preempt: Callable[[Request], None]) -> StepPlan | None:
+    def remove(self, request: Request) -> None:
+        """Takes a request out and frees its slot and blocks; its KV is gone."""
+        self.running.remove(request)
+        release(request, self.kv, self.slots)
+
+    def schedule(self, preempt: Callable[[Request], None], reclaim: Callable[[DeviceGroup], bool]) -> StepPlan | None:
         """Composes the next step and advances the requests' launch clocks; None if there is nothing to do.
 
         Args:
             preempt: called with each request that loses its KV here; it must call :meth:`remove`.
+            reclaim: frees blocks of the group that nobody uses yet; False if there are none.
         """
-        decodes = self._schedule_decodes(preempt)
+        decodes = self._schedule_decodes(preempt, reclaim)
         budget = self.limits.tile_budget - round_up_to_tile(len(decodes))
         prefills = self._schedule_prefills(budget)
         if not decodes and not prefills:
             return None
         return StepPlan(self.group, tuple(decodes), tuple(prefills))
 
-    def _schedule_decodes(self, preempt: Callable[[Request], None]) -> list[ScheduledRow]:
+    def _schedule_decodes(
+        self, preempt: Callable[[Request], None], reclaim: Callable[[DeviceGroup], bool]
+    ) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
         for request in list(self.running):
-            if request.state is not RequestState.RUNNING or request.slot < 0 or not _decodes(request):
+            if request.state is not RequestState.RUNNING or not _decodes(request):
                 continue
-            if len(rows) == self.limits.tile_budget:
-                break
-            while not self._grow(request, request.num_tokens):
-                victim = self.running[-1]
-                preempt(victim)
-                if victim is request:
-                    break
-            else:
+            if request.num_tokens > self.capacity_tokens:
+                continue  # it has outgrown the group and goes on in a wider one
+            if self._make_room(request, preempt, reclaim):
                 rows.append(_launch(request, 1))
         return rows
+
+    def _make_room(
+        self, request: Request, preempt: Callable[[Request], None], reclaim: Callable[[DeviceGroup], bool]
+    ) -> bool:
+        """Blocks for the request's next token; False if it was itself preempted for want of them."""
+        while not self.kv.grow(request.held_table, request.num_tokens):
+            if reclaim(self.group):
+                continue
+            victim = self.running[-1]
+            preempt(victim)
+            if victim is request:
+                return False
+        return True
 
     def _schedule_prefills(self, budget: int) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
@@ -172,15 +218,28 @@ class GroupScheduler:
             budget -= round_up_to_tile(count)
         return rows
 
-    def _grow(self, request: Request, tokens: int) -> bool:
-        assert request.table is not None
-        return self.kv.grow(request.table, tokens)
+    def _blocks_short(self, request: Request, reserve: int) -> int:
+        """Blocks that each device lacks for a request that would start here; 0 or less if it could."""
+        needed = self.kv.spec.blocks_for(request.num_known + 1, self.group.size)
+        return needed + reserve - self.kv.free_blocks(self.group)
 
-    def _decode_reserve(self) -> int:
+    def _decode_reserve(self, running: int) -> int:
         """Free blocks a device kept back at admission, so that running requests are not preempted at once."""
-        if not self.running:
-            return 0
-        return min(len(self.running), max(1, self.kv.spec.num_blocks // 100))
+        return min(running, max(1, self.kv.spec.num_blocks // 100))
+
+
+def release(request: Request, kv: KVCacheManager, slots: SlotPool) -> None:
+    """Frees a request's slot and blocks.
+
+    A step in flight may still write to the freed blocks. That is harmless: whoever gets them next writes
+    in a later launch, and each device runs its launches in order.
+    """
+    slots.give_back(request.slot)
+    request.slot = -1
+    if request.table is not None:
+        kv.release(request.table)
+        request.table = None
+    request.num_computed = 0
 
 
 def _decodes(request: Request) -> bool:

@@ -148,6 +148,11 @@ class KVCacheManager:
             self.allocators[device].free(row)
             row.clear()
 
+    def release_part(self, table: BlockTable, first: int, stop: int) -> None:
+        """Frees some of a table's blocks on each device; whoever calls this does not use the table for them again."""
+        for row, device in zip(table.rows, table.group.rank_order(self.base_tp), strict=True):
+            self.allocators[device].free(row[first:stop])
+
     @property
     def usage(self) -> float:
         """Used fraction of all blocks, 0 to 1."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fly_jax.choices import policy_named, strategy_named
 from fly_jax.config import EngineConfig
 from fly_jax.errors import EngineDeadError, InvalidRequestError
-from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport, SwitchStrategy, TokenLogprob
+from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport, TokenLogprob
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices
 from fly_jax.progress import GenerationProgress, LoadProgress
 from fly_jax.sampling_params import SamplingParams
@@ -86,13 +87,29 @@ class LLM:
         assert output.prompt_logprobs is not None
         return np.asarray(output.prompt_logprobs, np.float32)
 
-    def switch(self, layout: str, strategy: str = "migrate") -> SwitchReport:
-        """Changes the layout; callable from another thread while :meth:`generate` runs.
+    def switch(self, layout: str, strategy: str | None = None) -> SwitchReport:
+        """Changes the layout and pins it; callable from another thread while :meth:`generate` runs.
+
+        Args:
+            strategy: what becomes of running requests, see :class:`fly_jax.outputs.SwitchStrategy`; None: what
+                ``switch_strategy`` says.
 
         Raises:
             LayoutError: the layout does not fit the devices.
+            ConfigError: there is no such strategy.
         """
-        return self._thread.switch(layout, SwitchStrategy(strategy)).result()
+        return self._thread.switch(layout, strategy_named(strategy)).result()
+
+    def set_policy(self, policy: str) -> str:
+        """Hands the choice of the layout to the engine (``auto``), or pins the one in force (``static``).
+
+        Returns:
+            The policy now in force, ``load_adaptive`` or ``static``.
+
+        Raises:
+            ConfigError: there is no such policy, or the engine cannot follow it.
+        """
+        return self._thread.set_policy(policy_named(policy)).result()
 
     @property
     def max_model_len(self) -> int:
@@ -105,7 +122,7 @@ class LLM:
 
     @property
     def layout(self) -> str:
-        """Canonical text of the layout in force."""
+        """Canonical text of the layout in force, whoever chose it."""
         return self.stats().layout
 
     def stats(self) -> EngineStats:

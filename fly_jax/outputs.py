@@ -7,13 +7,19 @@ from enum import StrEnum
 
 
 class SwitchStrategy(StrEnum):
-    """What becomes of requests in flight when the layout changes.
+    """What becomes of requests in flight when the layout changes (Flying Serving section 5; MIGRATE is ours).
 
-    ``MIGRATE``: their KV is moved and they go on at once. ``SEQUENTIAL``: they end in the old layout first.
+    ``MIGRATE``: their KV is moved and they go on at once; nothing is drained or recomputed.
+    ``SEQUENTIAL``: they end in the old layout first, while idle groups wait for them.
+    ``SOFT_PREEMPT``: the same, but idle groups run waiting requests meanwhile, which are recomputed after the switch.
+    ``HARD_PREEMPT``: they pause with their KV in place and go on, without recompute, when their group is back
+    or when the groups in its place have nothing else to do.
     """
 
     MIGRATE = "migrate"
     SEQUENTIAL = "sequential"
+    SOFT_PREEMPT = "soft_preempt"
+    HARD_PREEMPT = "hard_preempt"
 
 
 class FinishReason(StrEnum):
@@ -89,28 +95,46 @@ class SwitchReport:
     """One change of layout.
 
     Attributes:
+        number: 1 for the first switch since the engine started.
         source, target: canonical layout texts.
         strategy: how requests in flight were treated.
+        reason: why: ``asked for``, or the policy's reason.
         drain_seconds: time spent waiting for old work.
-        cutover_seconds: on the host, from the step boundary to new groups that can launch, relayouts launched.
+        precopy_seconds: time during which KV was copied while the old groups went on.
+        cutover_seconds: on the host, from the last old step launched to the first new one, relayout launches included.
+        worst_gap_seconds: the longest that any stream in flight went without a token across the switch.
         weight_bytes_moved: always 0: views are re-wrapped, never copied.
-        requests_moved: requests that went on in another group.
-        kv_bytes_moved, kv_blocks_moved: what their relayout moved.
-        tokens_recomputed: of requests that had to give up their KV.
+        requests_moved: requests whose KV was moved to another group.
+        requests_paused: requests that kept their KV in place and paused.
+        requests_adopted, kv_bytes_adopted: of the paused, those whose KV was moved later, so that they could go on.
+        kv_bytes_moved, kv_blocks_moved: what relayouts moved, pre-copies included.
+        kv_bytes_precopied: moved while the old groups went on.
+        tokens_recomputed: of requests that had to give up their KV at the switch.
         requests_waiting: requests that were queued when the switch completed.
+        settled: every request that ran across the switch has gone on: only those of paused requests may still change
+            a figure, the worst gap and what was adopted.
     """
 
+    number: int
     source: str
     target: str
     strategy: SwitchStrategy
-    drain_seconds: float
-    cutover_seconds: float
+    reason: str = "asked for"
+    drain_seconds: float = 0.0
+    precopy_seconds: float = 0.0
+    cutover_seconds: float = 0.0
+    worst_gap_seconds: float = 0.0
     weight_bytes_moved: int = 0
     requests_moved: int = 0
+    requests_paused: int = 0
+    requests_adopted: int = 0
+    kv_bytes_adopted: int = 0
     kv_bytes_moved: int = 0
+    kv_bytes_precopied: int = 0
     kv_blocks_moved: int = 0
     tokens_recomputed: int = 0
     requests_waiting: int = 0
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +142,26 @@ class EngineStats:
     """A snapshot of the engine's counters; every field is JSON-serialisable.
 
     Attributes:
-        running, waiting: requests.
+        policy: the layout policy in force; ``static`` while the layout is pinned.
+        strategy: of switches that name none.
+        last_decision: the policy's latest decision to change something, and its reason.
+        decisions: how often the policy decided what.
+        running, paused, waiting: requests.
         kv_usage: used fraction of all KV blocks, 0 to 1.
+        switches: by strategy.
+        switch_history: the latest reports, oldest first.
+        switch_tokens_recomputed, switch_kv_bytes_moved: of all switches.
         compiles_after_warmup: must stay 0.
     """
 
     layout: str
     target_layout: str | None
+    policy: str
+    strategy: str
+    last_decision: str | None
+    decisions: dict[str, int]
     running: int
+    paused: int
     waiting: int
     kv_usage: float
     free_blocks: tuple[int, ...]
@@ -135,10 +171,16 @@ class EngineStats:
     generation_tokens: int
     requests_finished: dict[str, int]
     preemptions: int
-    switches: int
-    last_switch: SwitchReport | None
+    switches: dict[str, int]
+    switch_history: tuple[SwitchReport, ...]
+    switch_tokens_recomputed: int
+    switch_kv_bytes_moved: int
     executables: int
     compile_seconds: float
     compiles_after_warmup: int
     weight_bytes: int
     kv_bytes: int
+
+    @property
+    def last_switch(self) -> SwitchReport | None:
+        return self.switch_history[-1] if self.switch_history else None

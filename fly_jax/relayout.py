@@ -15,10 +15,7 @@ from fly_jax.batch import PackedLayout
 from fly_jax.device_arrays import BY_RANK
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.models.sharding import TP_AXIS
-from fly_jax.relayout_plan import HeadSplits, SlabMove
-
-# Slabs that one launch moves between any two devices; a launch is padded to it.
-CHUNK_SLABS = 16
+from fly_jax.relayout_plan import CHUNK_SLABS, HeadSplits, SlabMove
 
 
 def exchange_layout(ranks: int, slots: int) -> PackedLayout:

@@ -13,6 +13,7 @@ from fly_jax.sampling_params import SamplingParams
 class RequestState(Enum):
     WAITING = auto()
     RUNNING = auto()
+    PAUSED = auto()
     FINISHED = auto()
 
 
@@ -24,21 +25,31 @@ class Request:
     ``num_computed`` and ``num_pending`` advance when a step is scheduled, ``output_ids`` when it is harvested.
 
     Attributes:
-        max_tokens: resolved limit on generated tokens.
+        limit: generated tokens that were asked for, or that the model's context leaves room for.
+        max_tokens: those that it may generate where it is now: the limit, or less in a pool that is too small for it.
+        min_width: TP degree that it asks for; 1 if it does not.
+        priority: lower runs first.
+        order: number of its arrival.
         seed: resolved sampling seed.
         num_computed: positions whose KV is written by launched steps.
         num_pending: sampled tokens that are still on the device.
         slot: row of the group's device-side token table while running, -1 otherwise.
         preempted: waits again after it has run.
+        held_up_since: scheduler pass since which it is paused, or waits as the first in line for a group.
+        overdue: it waited longer than anybody should: it is not preempted for others again.
         table: where the KV lives, None when there is none.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    max_tokens: int
+    limit: int
     seed: int
     arrival: float
+    min_width: int = 1
+    priority: int = 0
+    order: int = 0
+    max_tokens: int = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
@@ -48,6 +59,16 @@ class Request:
     table: BlockTable | None = None
     finish_reason: FinishReason | None = None
     preempted: bool = False
+    held_up_since: int | None = None
+    overdue: bool = False
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.limit
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the lower priority number, then the earlier arrival."""
+        return self.priority, self.order
 
     @property
     def held_table(self) -> BlockTable:
@@ -73,6 +94,21 @@ class Request:
     def will_sample_no_more(self) -> bool:
         """All tokens that it may generate are launched: only results are awaited."""
         return len(self.output_ids) + self.num_pending >= self.max_tokens
+
+    @property
+    def num_held(self) -> int:
+        """Tokens that its blocks must have room for while it changes its group."""
+        return max(self.num_known, self.num_computed)
+
+    @property
+    def prefers_width(self) -> bool:
+        """It goes to the widest group that takes it."""
+        return self.min_width > 1 or self.priority < 0
+
+    @property
+    def num_needed(self) -> int:
+        """Tokens that a group must hold for the request to go on."""
+        return self.num_tokens + (not self.will_sample_no_more)
 
     @property
     def finished(self) -> bool:

@@ -26,8 +26,8 @@ from fly_jax.executables import ExecutableKey, ExecutableTable, ProgramShapes, S
 from fly_jax.group_scheduler import ScheduledRow, StepPlan
 from fly_jax.layout import DeviceGroup
 from fly_jax.outputs import TokenLogprob
-from fly_jax.relayout import CHUNK_SLABS, pack_exchange
-from fly_jax.relayout_plan import HeadSplits, SlabMove, exchange_rounds
+from fly_jax.relayout import pack_exchange
+from fly_jax.relayout_plan import CHUNK_SLABS, HeadSplits, SlabMove, exchange_rounds
 from fly_jax.sampling_params import MAX_LOGPROBS
 from fly_jax.weights import WeightsManager
 
@@ -78,6 +78,8 @@ class GroupWeights:
 
 class ModelRunner:
     """Turns step plans into launches: pack, upload, backbone, head."""
+
+    chunk_slabs = CHUNK_SLABS
 
     def __init__(
         self,
@@ -150,7 +152,8 @@ class ModelRunner:
             Bytes moved, those that stay on their device included.
         """
         key = ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
-        for round_moves in exchange_rounds(moves, CHUNK_SLABS):
+        # A request whose KV has all been copied ahead still needs its latest token on the new devices.
+        for round_moves in list(exchange_rounds(moves, CHUNK_SLABS)) or [[]]:
             self._run_relayout(key, round_moves, token_devices)
         return len(moves) * self.shapes.kv.slab_bytes(splits.source_tp, splits.target_tp)
 

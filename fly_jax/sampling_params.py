@@ -1,4 +1,4 @@
-"""How one request is sampled and when it stops."""
+"""How one request is sampled, when it stops, and how it is placed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fly_jax.errors import InvalidRequestError
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
+MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class SamplingParams:
         logprobs: report this many most likely alternatives per token (0: only the sampled token's own).
         prompt_logprobs: report the teacher-forced log-probability of each prompt token.
         skip_special_tokens: leave special tokens out of the text.
+        priority: lower runs first; requests of equal priority run in order of arrival.
+        tensor_parallel_size: run on a group at least this wide; None leaves the choice to the engine.
 
     Raises:
         InvalidRequestError: a field is out of range; ``param`` names it.
@@ -50,9 +53,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     skip_special_tokens: bool = True
+    priority: int = 0
+    tensor_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs"):
+        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs", "priority", "tensor_parallel_size"):
             self._set(name, _as_integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p"):
             self._set(name, _as_number(name, getattr(self, name)))
@@ -81,6 +86,11 @@ class SamplingParams:
         self._require("logprobs", known, f"between 0 and {MAX_LOGPROBS}")
         self._require("stop", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings")
         self._require("stop", all(isinstance(stop, str) and stop for stop in self.stop), "non-empty strings")
+
+        self._require("priority", abs(self.priority) <= MAX_PRIORITY, f"between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+        width = self.tensor_parallel_size
+        power = width is None or (width >= 1 and width & (width - 1) == 0)
+        self._require("tensor_parallel_size", power, "a power of two")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -5,64 +5,100 @@ The engine, the tests and simulations run this same object; it never looks at a 
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 
-from fly_jax.errors import ContextLengthError, LayoutError, QueueFullError
-from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan
+from fly_jax.errors import ContextLengthError, InvalidRequestError, LayoutError, QueueFullError
+from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan, release
 from fly_jax.kv_cache import KVCacheManager
-from fly_jax.layout import DeviceGroup, Layout, max_tp_degree
-from fly_jax.migration import LaunchMoves, Migration, MigrationTotals
-from fly_jax.outputs import FinishReason
-from fly_jax.relayout_plan import Region, regions
+from fly_jax.layout import DeviceGroup, Layout
+from fly_jax.layout_switch import STRATEGIES, LayoutSwitch
+from fly_jax.migration import KVMover, Migration, MigrationTotals
+from fly_jax.outputs import FinishReason, SwitchStrategy
 from fly_jax.request import Request, RequestState
+from fly_jax.request_queue import RequestQueue
+
+# Waiting requests looked at in one pass; those far back have no claim to a place that the first ones cannot use.
+LOOK_AHEAD = 64
 
 
 class Scheduler:
-    """Routes requests to groups, composes steps, and drains groups that a switch dissolves.
+    """Routes requests to groups, composes steps, and lets layouts give way to others.
 
     Args:
+        mover: moves KV between groups.
         max_model_len: context limit in tokens, whatever the layout.
         max_queued: most requests waiting.
+        compiled: the groups that layouts may have.
+
+    Attributes:
+        switch: the change of layout under way, if any.
+        waiting: requests without KV, by rank.
+        paused: requests whose KV waits in place for its group.
+        elastic: the layout widens for requests that need it, so they are limited by the widest that there could be.
+        moved: what all migrations have moved.
     """
 
     def __init__(
-        self, layout: Layout, limits: SchedulerLimits, kv: KVCacheManager, *, max_model_len: int, max_queued: int
+        self,
+        layout: Layout,
+        limits: SchedulerLimits,
+        kv: KVCacheManager,
+        mover: KVMover,
+        *,
+        max_model_len: int,
+        max_queued: int,
+        compiled: Collection[DeviceGroup],
+        elastic: bool = False,
     ) -> None:
         self.layout = layout
-        self.target: Layout | None = None
-        self.limits = limits
-        self.kv = kv
-        self.max_model_len = max_model_len
-        self.max_queued = max_queued
-        self.waiting: deque[Request] = deque()
+        self.limits, self.kv, self.mover = limits, kv, mover
+        self.max_model_len, self.max_queued = max_model_len, max_queued
+        self.widest = max(group.size for group in compiled)
+        self._reach = {group: max(other.size for other in compiled if other.overlaps(group)) for group in compiled}
+        self.elastic = elastic
+        self.switch: LayoutSwitch | None = None
+        self.waiting = RequestQueue()
+        self.paused: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.num_preemptions = 0
-        self.slots = SlotPool(limits.max_num_seqs * (len(kv.allocators) // kv.base_tp))
+        self.passes = 0
+        self.slots = SlotPool(limits.slots(len(kv.allocators), kv.base_tp))
         self.groups: dict[DeviceGroup, GroupScheduler] = {}
-        self._set_groups(layout)
+        self.groups = {each.group: each for each in self.new_groups(layout)}
+        self._order = itertools.count()
+        self._adopted: list[MigrationTotals] = []
 
     # -- requests ---------------------------------------------------------------------------------------------
 
     def context_limit(self) -> int:
         """Most tokens one request may hold, prompt and output: the model's limit or the widest group's pool."""
-        widest = (self.target or self.layout).widest
-        return min(self.max_model_len, self.kv.spec.capacity_tokens(widest))
+        return min(self.max_model_len, self.kv.spec.capacity_tokens(self.width_limit()))
 
-    def check(self, prompt_tokens: int, *, bounded: bool = True) -> None:
-        """Refuses a prompt that could never run, or one too many.
+    def width_limit(self) -> int:
+        """The largest TP degree that a request can get."""
+        return self.widest if self.elastic else (self.target or self.layout).widest
+
+    def check(self, prompt_tokens: int, min_width: int = 1, *, bounded: bool = True) -> None:
+        """Refuses a request that could never run, or one too many.
 
         Raises:
-            ContextLengthError, QueueFullError: with both numbers.
+            ContextLengthError, InvalidRequestError, QueueFullError: with both numbers.
         """
         limit = self.context_limit()
         if prompt_tokens >= limit:
-            widest = max_tp_degree(len(self.kv.allocators))
-            could_be = min(self.max_model_len, self.kv.spec.capacity_tokens(widest))
+            could_be = min(self.max_model_len, self.kv.spec.capacity_tokens(self.widest))
             raise ContextLengthError(
                 f"the prompt has {prompt_tokens} tokens but the context holds {limit} and needs room for one more: "
                 f"shorten the prompt"
                 + (f" or switch to a wider layout (up to {could_be})" if could_be > limit else ""),
                 param="prompt",
+            )
+        if min_width > self.width_limit():
+            raise InvalidRequestError(
+                f"tensor_parallel_size {min_width} is wider than the {self.width_limit()} devices a group may have: "
+                f"ask for less" + (" or switch to a wider layout" if min_width <= self.widest else ""),
+                param="tensor_parallel_size",
             )
         if bounded and len(self.waiting) >= self.max_queued:
             raise QueueFullError(
@@ -71,8 +107,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that :meth:`check` has let through."""
+        request.order = next(self._order)
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request in any state and frees all that it holds."""
@@ -80,30 +117,78 @@ class Scheduler:
             self._group_of(request).remove(request)
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
+        else:
+            self.paused.remove(request)
+            release(request, self.kv, self.slots)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]
+        if self.switch is not None:
+            self.switch.forget(request)
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's KV away; it is recomputed when it runs again. Its pending tokens still count."""
-        self._group_of(request).remove(request)
+        self._group_of(request).running.remove(request)
+        self.give_up(request)
+
+    def give_up(self, request: Request) -> None:
+        """:meth:`preempt` for a request that is in no group (any more)."""
+        if request.state is RequestState.PAUSED:
+            self.paused.remove(request)
+        release(request, self.kv, self.slots)
         request.state, request.preempted = RequestState.WAITING, True
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
         self.num_preemptions += 1
+        if self.switch is not None:
+            self.switch.forget(request)
+
+    def pause(self, request: Request) -> None:
+        """Keeps a request, which is in no group any more, and its KV for later."""
+        request.state, request.held_up_since = RequestState.PAUSED, self.passes
+        self.paused.append(request)
+
+    def place(self, request: Request) -> None:
+        """Sets how long a request may become in its group.
+
+        A request alone in its group can then always grow to its end: preemption never goes round in circles.
+        """
+        capacity = self.reach_tokens(request.held_table.group)
+        request.max_tokens = min(request.limit, capacity - len(request.prompt_ids))
+
+    def reach_tokens(self, group: DeviceGroup) -> int:
+        """Longest context of a request that starts in a group: the pools of the widest that it can be moved to."""
+        return self.kv.spec.capacity_tokens(self._reach[group] if self.elastic else group.size)
 
     # -- steps ------------------------------------------------------------------------------------------------
 
     def route(self) -> None:
-        """Starts waiting requests, first come first served, in the group with most room."""
-        while self.waiting:
-            request = self.waiting[0]
-            # A request that was preempted with a token still on the device needs its id to be recomputed.
-            if request.num_pending or not any(self._admit(group, request) for group in self._by_room(request)):
-                return
+        """Starts waiting requests, each in its turn.
+
+        A request that finds no room keeps the group that has most of it: those behind it may only start elsewhere.
+        """
+        self.passes += 1
+        kept: set[DeviceGroup] = set()
+        passed_over: set[Request] = set()
+        turn_taken = False
+        if self.switch is not None:
+            # However many wait before them: nobody else may start where a drain waits for them.
+            for returning in self.switch.returning():
+                self._start_or_pass(returning, kept, passed_over)
+            kept.intersection_update(self.switch.dissolving)
+        while len(kept) < len(self.groups) and len(passed_over) < LOOK_AHEAD:
+            if not turn_taken and (oldest := self.waiting.oldest_in_turn()) is not None:
+                turn_taken = True
+                self._start_in_turn(oldest, kept)
+            request = self.waiting.next(passed_over)
+            if request is None:
+                break
+            self._start_or_pass(request, kept, passed_over)
+        if self.paused and (self.switch is None or self.switch.adopts):
+            self._adopt_paused()
 
     def schedule(self, group: DeviceGroup) -> StepPlan | None:
         """The group's next step, or None."""
-        return self.groups[group].schedule(self.preempt)
+        return self.groups[group].schedule(self.preempt, self._reclaim)
 
     @property
     def num_running(self) -> int:
@@ -111,122 +196,269 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests) or self.target is not None
+        return bool(self.requests) or self.switch is not None
 
     # -- layout -----------------------------------------------------------------------------------------------
 
-    def begin_switch(self, target: Layout) -> None:
-        """Stops admitting to the groups that ``target`` dissolves; all others keep running.
+    @property
+    def target(self) -> Layout | None:
+        """The layout that a switch under way leads to."""
+        return None if self.switch is None else self.switch.target
+
+    def begin_switch(self, target: Layout, strategy: SwitchStrategy, *, elastic: bool = False) -> None:
+        """Starts a change of layout, which :meth:`advance_switch` carries on.
+
+        Args:
+            elastic: whether the layout may widen again for requests that need it.
 
         Raises:
             LayoutError: another switch is under way, or an accepted request fits no group of ``target``.
         """
-        self._check_may_switch(target)
-        self.target = target
+        if self.switch is not None:
+            raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
+        self._check_may_switch(target, strategy, elastic=elastic)
+        self.set_elastic(elastic)
+        self.switch = STRATEGIES[strategy](self, target)
 
-    def migrate(self, target: Layout, launch: LaunchMoves) -> MigrationTotals:
-        """Takes ``target`` as the layout at once, moving every running request of the groups that change.
+    def prepare_switch(self) -> None:
+        """Plans ahead of :meth:`advance_switch`, between scheduling and launching steps."""
+        if self.switch is not None:
+            self.switch.prepare()
+
+    def advance_switch(self) -> LayoutSwitch | None:
+        """Carries a switch on at a step boundary; returns it when its target has become the layout.
 
         Raises:
-            LayoutError: another switch is under way, or a request holds more than any of its new groups can;
-                nothing has changed then.
+            LayoutError: requests have grown beyond what the target holds; the layout stays as it is.
         """
-        self._check_may_switch(target)
-        changing = regions(self.layout, target)
-        for region in changing:
-            self._check_fits(region)
-        old = self.groups
-        moving = {
-            region: [request for group in region.sources for request in old[group].running] for region in changing
-        }
+        switch = self.switch
+        if switch is None:
+            return None
+        try:
+            done = switch.advance()
+        except LayoutError:
+            self.cancel_switch()
+            raise
+        if not done:
+            return None
+        self.switch = None
+        return switch
+
+    def hasten_switch(self) -> None:
+        """Turns a drain under way into a migration to the same layout.
+
+        Raises:
+            LayoutError: a request would not fit; the drain goes on.
+        """
+        assert self.switch is not None
+        target = self.switch.target
+        self._check_may_switch(target, SwitchStrategy.MIGRATE, elastic=self.elastic)
+        self.switch.cancel()
+        self.switch = STRATEGIES[SwitchStrategy.MIGRATE](self, target)
+
+    def cancel_switch(self) -> None:
+        """Leaves the layout as it is; every request goes on."""
+        if self.switch is not None:
+            self.switch.cancel()
+            self.switch = None
+
+    def set_elastic(self, elastic: bool) -> None:
+        """Lets the layout widen for requests that need it, or holds each to what its group can hold."""
+        self.elastic = elastic
+        for group in self.groups.values():
+            for request in group.running:
+                self.place(request)
+        for request in self.paused:
+            self.place(request)
+
+    def check_pinned(self) -> None:
+        """Refuses to stop widening while a request needs more than its group holds.
+
+        Raises:
+            LayoutError: naming the request.
+        """
+        self._check_waiting(self.layout)
+        for group in self.groups.values():
+            self._check_capacity(group.running, group.group.size)
+
+    def check_cutover(self, target: Layout, requests: Iterable[Request]) -> None:
+        """Refuses a layout that requests, running and preempted, have outgrown since the switch to it began.
+
+        Raises:
+            LayoutError: naming the request.
+        """
+        if not self.elastic:
+            self._check_waiting(target)
+        self.check_fits(target, requests)
+
+    def check_fits(self, target: Layout, requests: Iterable[Request]) -> None:
+        """Refuses a layout whose groups on a request's devices are all too small for it.
+
+        Raises:
+            LayoutError: naming the request.
+        """
+        for request in requests:
+            near = [group.size for group in target.groups if group.overlaps(request.held_table.group)]
+            self._check_capacity([request], max(near))
+
+    def install(self, target: Layout, groups: Sequence[GroupScheduler]) -> None:
+        """Takes a layout; paused requests whose group is back go on in it."""
         self.layout = target
-        self._set_groups(target)
-        totals, preempted = MigrationTotals(), []
+        self.groups = {each.group: each for each in groups}
+        for request in [each for each in self.paused if each.held_table.group in self.groups]:
+            self.paused.remove(request)
+            self._group_of(request).add(request)
+            self.place(request)
 
-        def preempt(request: Request) -> None:
-            old[request.held_table.group].remove(request)
-            request.state, request.preempted = RequestState.WAITING, True
-            preempted.append(request)
+    def new_groups(self, layout: Layout) -> list[GroupScheduler]:
+        """A layout's groups: those in force that it has too, and new ones."""
+        return [
+            self.groups.get(group) or GroupScheduler(group, self.limits, self.kv, self.slots) for group in layout.groups
+        ]
 
-        for region in changing:
-            targets = [self.groups[group] for group in region.targets]
-            totals += Migration(region, targets, self.kv, launch, preempt).run(moving[region])
-        preempted.sort(key=lambda request: request.arrival)
-        self.waiting.extendleft(reversed(preempted))
-        self.num_preemptions += len(preempted)
-        return totals
+    def migration(self, targets: Sequence[GroupScheduler]) -> Migration:
+        """A way into these groups."""
+        return Migration(targets, self.kv, self.mover, self.place, self.reach_tokens)
 
-    def _check_fits(self, region: Region) -> None:
-        capacity = self.kv.spec.capacity_tokens(max(group.size for group in region.targets))
-        for group in region.sources:
-            for request in self.groups[group].running:
-                if request.num_tokens + (not request.will_sample_no_more) > capacity:
-                    raise LayoutError(
-                        f"request {request.request_id} holds {request.num_tokens} tokens but the widest new group on "
-                        f"its devices holds {capacity}: wait for it to end or keep a wider group there"
-                    )
+    def forget_resumed(self) -> None:
+        """Takes requests that a migration has put into groups off the paused ones."""
+        self.paused = [request for request in self.paused if request.state is RequestState.PAUSED]
 
-    @property
-    def dissolving(self) -> tuple[DeviceGroup, ...]:
-        """Groups of the current layout that the target does not have."""
-        if self.target is None:
-            return ()
-        return tuple(group for group in self.groups if group not in self.target.groups)
+    def take_adopted(self) -> list[MigrationTotals]:
+        """What was moved since the last call because paused requests went on in other groups."""
+        adopted, self._adopted = self._adopted, []
+        return adopted
 
-    @property
-    def drained(self) -> bool:
-        """A switch is under way, and no request runs in a group that it dissolves or was preempted there."""
-        if self.target is None or any(request.preempted for request in self.waiting):
-            return False
-        return not any(self.groups[group].running for group in self.dissolving)
+    def _check_may_switch(self, target: Layout, strategy: SwitchStrategy, *, elastic: bool) -> None:
+        """Refuses a layout that could never hold a request that has been accepted, before anything changes."""
+        if not elastic:
+            self._check_waiting(target)
+        moves = strategy in (SwitchStrategy.MIGRATE, SwitchStrategy.HARD_PREEMPT)
+        for group in self.groups.values():
+            stays = group.group in target.groups or not moves
+            if stays and self.elastic and not elastic:
+                self._check_capacity(group.running, group.group.size)
+            elif not stays:
+                self.check_fits(target, group.running)
+        self.check_fits(target, self.paused)
 
-    def complete_switch(self) -> None:
-        """Takes the target as the layout; the dissolving groups must be drained."""
-        assert self.target is not None
-        assert self.drained
-        self.layout, self.target = self.target, None
-        self._set_groups(self.layout)
+    def _check_waiting(self, layout: Layout) -> None:
+        capacity = self.kv.spec.capacity_tokens(layout.widest)
+        for request in self.waiting:
+            if request.num_tokens >= capacity and not request.will_sample_no_more:
+                raise LayoutError(
+                    f"request {request.request_id} waits with {request.num_tokens} tokens but the widest group of "
+                    f"{layout} holds {capacity}: wait for it to end or keep a wider group"
+                )
 
-    def _set_groups(self, layout: Layout) -> None:
-        kept = self.groups
-        self.groups = {
-            group: kept.get(group) or GroupScheduler(group, self.limits, self.kv, self.slots) for group in layout.groups
-        }
+    def _check_capacity(self, requests: Iterable[Request], tp: int) -> None:
+        capacity = self.kv.spec.capacity_tokens(tp)
+        for request in requests:
+            if request.num_needed > capacity:
+                raise LayoutError(
+                    f"request {request.request_id} holds {request.num_tokens} tokens but the widest group on "
+                    f"its devices would hold {capacity}: wait for it to end or keep a wider group there"
+                )
 
-    def _group_of(self, request: Request) -> GroupScheduler:
-        assert request.table is not None
-        return self.groups[request.table.group]
+    # -- where a request goes ---------------------------------------------------------------------------------
+
+    def _start_in_turn(self, oldest: Request, kept: set[DeviceGroup]) -> None:
+        """The oldest goes first, but keeps a group from others only when it has waited too long."""
+        if not oldest.num_pending and self._start(oldest, kept if self._impatient(oldest) else set()):
+            self.waiting.took_turn(oldest)
+
+    def _start_or_pass(self, request: Request, kept: set[DeviceGroup], passed_over: set[Request]) -> None:
+        # A request that was preempted with a token still on the device needs its id to be recomputed.
+        if request.num_pending or not self._start(request, kept):
+            passed_over.add(request)
+
+    def _start(self, request: Request, kept: set[DeviceGroup]) -> bool:
+        choices = self._choices(request)
+        free = [group for group in choices if group.group not in kept]
+        if any(self._admit(group, request) for group in free) or self._displace(free, request):
+            return True
+        if free:
+            kept.add(free[0].group)
+            if request.held_up_since is None:
+                request.held_up_since = self.passes
+        return False
 
     def _admit(self, group: GroupScheduler, request: Request) -> bool:
         if not group.admit(request):
             return False
-        # A request alone in its group can then always grow to its end: preemption never goes round in circles.
-        capacity = self.kv.spec.capacity_tokens(group.group.size)
-        request.max_tokens = min(request.max_tokens, capacity - len(request.prompt_ids))
-        self.waiting.popleft()
+        self.place(request)
+        self.waiting.start(request)
         return True
 
-    def _by_room(self, request: Request) -> list[GroupScheduler]:
-        """Groups that may take the request, the one with most room first.
+    def _displace(self, choices: Sequence[GroupScheduler], request: Request) -> bool:
+        """Preempts requests of lower priority, in the group where that takes fewest.
 
-        Groups that a switch dissolves take back what they preempted: it may fit no group of the new layout.
+        For a request that has been first in line for longer than anybody should, it preempts those of equal
+        priority too: a wide one could otherwise wait until all the devices that it needs are free.
         """
-        closed = () if request.preempted else self.dissolving
-        spec = self.kv.spec
-        open_groups = [scheduler for group, scheduler in self.groups.items() if group not in closed]
-        capacity = max((spec.capacity_tokens(each.group.size) for each in open_groups), default=0)
-        needed = min(len(request.prompt_ids) + request.max_tokens, capacity)
-        fitting = [each for each in open_groups if spec.capacity_tokens(each.group.size) >= needed > request.num_known]
-        return sorted(fitting, key=lambda each: (len(each.running) / each.group.size, -self.kv.free_blocks(each.group)))
+        request.overdue = request.overdue or self._impatient(request)
+        found = [(victims, group) for group in choices if (victims := group.victims_for(request)) is not None]
+        if not found:
+            return False
+        victims, group = min(found, key=lambda pair: len(pair[0]))
+        for victim in victims:
+            self.preempt(victim)
+        return self._admit(group, request)
 
-    def _check_may_switch(self, target: Layout) -> None:
-        """Refuses a second switch at a time, and a layout that could never hold a request that has been accepted."""
-        if self.target is not None:
-            raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
-        capacity = self.kv.spec.capacity_tokens(target.widest)
-        for request in self.waiting:
-            if request.num_tokens >= capacity:
-                raise LayoutError(
-                    f"request {request.request_id} waits with {request.num_tokens} tokens but the widest group of "
-                    f"{target} holds {capacity}: wait for it to end or keep a wider group"
-                )
+    def _choices(self, request: Request) -> list[GroupScheduler]:
+        """Groups that may take the request, the best one first.
+
+        Without a policy that widens, only those that hold it to its end, or as long as any does.
+        """
+        switch, spec = self.switch, self.kv.spec
+        open_groups = [each for group, each in self.groups.items() if switch is None or switch.admits(group, request)]
+        widest = max((each.group.size for each in open_groups), default=1)
+        width = request.min_width if self.elastic else min(request.min_width, widest)
+        end = len(request.prompt_ids) + request.limit
+        furthest = max((self.reach_tokens(each.group) for each in open_groups), default=0)
+        fitting = [
+            each
+            for each in open_groups
+            if each.group.size >= width
+            and self.reach_tokens(each.group) >= min(end, furthest) > request.num_known
+            and each.capacity_tokens >= request.num_needed
+        ]
+
+        def preference(each: GroupScheduler) -> tuple[int, bool, float, int]:
+            wide = each.group.size if request.prefers_width else 0
+            ends_elsewhere = each.capacity_tokens < min(end, spec.capacity_tokens(widest))
+            return -wide, ends_elsewhere, len(each.running) / each.group.size, -self.kv.free_blocks(each.group)
+
+        return sorted(fitting, key=preference)
+
+    # -- paused requests --------------------------------------------------------------------------------------
+
+    def _adopt_paused(self) -> None:
+        """Paused requests go on where their group's successors have nothing to do, or when they waited too long.
+
+        Nothing can be placed beside them only when they hold all blocks themselves: then the last one gives way.
+        """
+        idle = {group for group, each in self.groups.items() if not each.running}
+        for source in sorted({request.held_table.group for request in self.paused}):
+            requests = [request for request in self.paused if request.held_table.group == source]
+            successors = [each for each in self.groups.values() if each.group.overlaps(source)]
+            nothing_to_do = idle.issuperset(each.group for each in successors)
+            if not nothing_to_do and not any(self._impatient(request) for request in requests):
+                continue
+            empty = not any(each.running for each in successors)  # those of another group may be there by now
+            migration = self.migration(successors)
+            migration.cut_over(requests, self.give_up if empty else None)
+            self.forget_resumed()
+            if self.switch is not None:
+                self.switch.adopted([request for request in requests if request.state is RequestState.RUNNING])
+            self._adopted.append(migration.totals)
+
+    def _impatient(self, request: Request) -> bool:
+        since = request.held_up_since
+        return since is not None and self.passes - since > self.limits.patience
+
+    def _reclaim(self, group: DeviceGroup) -> bool:
+        return self.switch is not None and self.switch.reclaim(group)
+
+    def _group_of(self, request: Request) -> GroupScheduler:
+        return self.groups[request.held_table.group]

@@ -17,7 +17,7 @@ from fly_jax.request import Request
 from fly_jax.runner import ModelRunner
 
 # One bucket of each kind: as few compiles as an engine can have.
-SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "optimization_level": 0}
+SMALL: dict[str, Any] = {"policy": "static", "max_num_seqs": 4, "max_num_batched_tokens": 128, "optimization_level": 0}
 
 
 def small_config(folder: Path, **options: Any) -> EngineConfig:
@@ -33,9 +33,7 @@ def small_llm(folder: Path, **options: Any) -> LLM:
 def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[int]) -> np.ndarray:
     """Teacher-forced log-probabilities through one group's prefill programs alone, float32 ``[len(token_ids) - 1]``."""
     manager = KVCacheManager(runner.shapes.kv, len(runner.meshes.devices), runner.meshes.base_tp)
-    request = Request(
-        "score", tuple(token_ids), SamplingParams(prompt_logprobs=True), max_tokens=1, seed=0, arrival=0.0
-    )
+    request = Request("score", tuple(token_ids), SamplingParams(prompt_logprobs=True), limit=1, seed=0, arrival=0.0)
     request.table = manager.new_table(group)
     assert manager.grow(request.table, len(token_ids))
     scores: list[float] = []

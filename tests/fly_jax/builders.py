@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.kv_cache import KVCacheManager, KVCacheSpec
+from fly_jax.layout import DeviceGroup
 from fly_jax.request import Request
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.tokenizer import Tokenizer
@@ -15,11 +16,33 @@ from tests.tiny_models import CASES, tokenizer_config, tokenizer_json
 
 
 def make_request(
-    prompt: int | Sequence[int] = 4, *, name: str = "r", max_tokens: int = 8, seed: int = 0, **params: Any
+    prompt: int | Sequence[int] = 4,
+    *,
+    name: str = "r",
+    max_tokens: int = 8,
+    seed: int = 0,
+    min_width: int = 1,
+    priority: int = 0,
+    order: int = 0,
+    **params: Any,
 ) -> Request:
     """A request of these prompt tokens, or of this many."""
-    prompt_ids = tuple(range(1, prompt + 1)) if isinstance(prompt, int) else tuple(prompt)
-    return Request(name, prompt_ids, SamplingParams(max_tokens=max_tokens, **params), max_tokens, seed, arrival=0.0)
+    return Request(
+        name,
+        tuple(range(1, prompt + 1)) if isinstance(prompt, int) else tuple(prompt),
+        SamplingParams(max_tokens=max_tokens, **params),
+        max_tokens,
+        seed,
+        arrival=0.0,
+        min_width=min_width,
+        priority=priority,
+        order=order,
+    )
+
+
+def nothing_to_reclaim(group: DeviceGroup) -> bool:  # noqa: ARG001  the shape of a scheduler's callback
+    """No blocks are taken ahead."""
+    return False
 
 
 def make_kv(

@@ -7,8 +7,9 @@ Launches take effect at once and in order, as on a device. Their results reach t
 from __future__ import annotations
 
 import itertools
+import time
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from fly_jax.engine import Engine
+from fly_jax.executables import ExecutableKey
 from fly_jax.group_scheduler import ScheduledRow, SchedulerLimits, StepPlan
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups
-from fly_jax.outputs import TokenLogprob
+from fly_jax.outputs import SwitchStrategy, TokenLogprob
 from fly_jax.relayout_plan import HeadSplits, SlabMove, SlabPlace, exchange_rounds
 from fly_jax.request import Request
 from fly_jax.runner import RowResult
 
 VOCABULARY = 64
 EOS = 0
-CHUNK_SLABS = 2  # few, so that most relayouts take several launches
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -79,12 +80,16 @@ class SimulatedRunner:
 
     Attributes:
         plans: every plan launched, oldest first.
+        chunk_slabs: few, so that most relayouts take several launches.
         relayouts: every relayout launched, oldest first.
         unread: launched steps that are not harvested.
     """
 
+    chunk_slabs = 2
+
     def __init__(self, kv: KVCacheSpec, num_devices: int, base_tp: int, num_slots: int, *, instant: bool) -> None:
         self.instant = instant
+        self.executables = SimpleNamespace(step_seconds={})
         self.plans: list[StepPlan] = []
         self.relayouts: list[Relayout] = []
         self.unread: list[SimulatedStep] = []
@@ -118,7 +123,7 @@ class SimulatedRunner:
         self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: Mapping[int, int]
     ) -> int:
         self.relayouts.append(Relayout(group, splits, tuple(moves), dict(token_devices)))
-        for round_moves in exchange_rounds(moves, CHUNK_SLABS):
+        for round_moves in list(exchange_rounds(moves, self.chunk_slabs)) or [[]]:
             # All reads come before all writes, as in the device program.
             slabs = [self._slab(group, splits.source_tp, splits, move.source).copy() for move in round_moves]
             for move, slab in zip(round_moves, slabs, strict=True):
@@ -214,12 +219,27 @@ def simulated_engine(
     max_queued: int = 1024,
     overlap: bool = True,
     instant: bool = True,
+    policy: str = "static",
+    strategy: SwitchStrategy = SwitchStrategy.MIGRATE,
+    patience: int = 512,
+    clock: Callable[[], float] = time.perf_counter,
+    runner_type: type[SimulatedRunner] = SimulatedRunner,
+    step_seconds: Mapping[ExecutableKey, float] | None = None,
 ) -> tuple[Engine, SimulatedRunner]:
     """The real engine, scheduler and block accounting over a simulated runner."""
     kv = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
-    runner = SimulatedRunner(kv, num_devices, base_tp, max_num_seqs * num_devices // base_tp, instant=instant)
+    limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, patience)
+    runner = runner_type(kv, num_devices, base_tp, limits.slots(num_devices, base_tp), instant=instant)
+    runner.executables.step_seconds = step_seconds or {}
     plan = SimpleNamespace(
-        config=SimpleNamespace(max_num_queued_reqs=max_queued, overlap=overlap, seed=0),
+        config=SimpleNamespace(
+            max_num_queued_reqs=max_queued,
+            overlap=overlap,
+            seed=0,
+            policy=policy,
+            switch_strategy=strategy,
+            scheduling_policy="priority",
+        ),
         model_config=SimpleNamespace(vocab_size=VOCABULARY),
         tokenizer=SimpleNamespace(stream=lambda skip_special_tokens: _TextStream()),  # noqa: ARG005
         eos_token_ids=frozenset({EOS}),
@@ -227,9 +247,9 @@ def simulated_engine(
         base_tp=base_tp,
         layout=Layout.parse(layout, num_devices, base_tp),
         groups=all_groups(num_devices, base_tp),
-        limits=SchedulerLimits(max_num_seqs, max_num_batched_tokens),
+        limits=limits,
         shapes=SimpleNamespace(kv=kv),
         max_model_len=max_model_len,
     )
     model: Any = SimpleNamespace(plan=plan, runner=runner, compiles=SimpleNamespace(count=0))
-    return Engine(model), runner
+    return Engine(model, clock), runner

@@ -23,7 +23,7 @@ from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, S
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup
 from fly_jax.sampling_params import MAX_SEED
-from tests.fly_jax.builders import make_kv, make_request
+from tests.fly_jax.builders import make_kv, make_request, nothing_to_reclaim
 
 
 def mixed_plan(size: int = 2) -> StepPlan:
@@ -35,12 +35,12 @@ def mixed_plan(size: int = 2) -> StepPlan:
     known, unknown = make_request([10, 11], name="known"), make_request([20, 21], name="unknown")
     for request in (known, unknown):
         assert scheduler.admit(request)
-    scheduler.schedule(scheduler.remove)
+    scheduler.schedule(scheduler.remove, nothing_to_reclaim)
     known.output_ids, known.num_pending = [12], 0
     short, long = make_request([30, 31, 32], name="short"), make_request(range(100, 190), name="long")
     for request in (short, long):
         assert scheduler.admit(request)
-    plan = scheduler.schedule(scheduler.remove)
+    plan = scheduler.schedule(scheduler.remove, nothing_to_reclaim)
     assert plan is not None
     assert [row.request for row in plan.rows] == [known, unknown, short, long]
     return plan

@@ -12,6 +12,7 @@ import pytest
 
 from fly_jax import LLM, RequestOutput, SamplingParams
 from fly_jax.errors import ConfigError, ContextLengthError, InvalidRequestError, LayoutError, ModelTooLargeError
+from fly_jax.outputs import SwitchStrategy
 from tests.support import small_llm, wait_until_running
 from tests.tiny_models import CASES, random_token_ids, write_model
 
@@ -69,7 +70,7 @@ def test_a_batch_gives_in_every_layout_what_each_prompt_gives_alone(
     assert_same(llm.generate(prompts(), GREEDY), expected)
 
 
-@pytest.mark.parametrize("strategy", ["migrate", "sequential"])
+@pytest.mark.parametrize("strategy", [str(strategy) for strategy in SwitchStrategy])
 def test_requests_in_flight_finish_correctly_across_switches(
     llm: LLM, expected: list[RequestOutput], strategy: str
 ) -> None:

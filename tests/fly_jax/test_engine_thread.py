@@ -2,150 +2,17 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from fly_jax.engine import Engine
-from fly_jax.engine_thread import EngineThread
 from fly_jax.errors import ContextLengthError, EngineDeadError, LayoutError
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
+from tests.fly_jax.scripted_engine import PARAMS, TIMEOUT, ScriptedEngine, Sink, fail_during_a_step, running, submit
 from tests.fly_jax.simulated_runner import expected_output, simulated_engine
-
-TIMEOUT = 30.0  # only ever reached by a thread that hangs
-PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
-
-
-class ScriptedEngine:
-    """Holds still in each step until told to go on, so that tests decide what happens between steps."""
-
-    def __init__(self, *, held: bool = False) -> None:
-        self.entered, self.may_step = threading.Semaphore(0), threading.Semaphore(0)
-        self.held = held
-        self.failure: Exception | None = None
-        self.live: dict[str, int] = {}
-        self.target: str | None = None
-        self.strategy = SwitchStrategy.MIGRATE
-        self.last_switch: SwitchReport | None = None
-        self.layout = "1"
-        self.threads: set[str] = set()
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.live) or self.target is not None
-
-    @property
-    def switching(self) -> bool:
-        return self.target is not None
-
-    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, bounded: bool) -> None:
-        assert bounded
-        if len(prompt_ids) > 100:
-            raise ContextLengthError("too long", param="prompt")
-        assert params.max_tokens is not None
-        self.live[request_id] = params.max_tokens
-
-    def abort(self, request_id: str) -> RequestDelta | None:
-        if self.live.pop(request_id, None) is None:
-            return None
-        return RequestDelta(request_id, finish_reason=FinishReason.ABORT)
-
-    def parse_layout(self, text: str) -> str:
-        if not text.isdigit():
-            raise LayoutError(f"layout {text!r} is not understood")
-        return text
-
-    def begin_switch(self, text: str, strategy: SwitchStrategy) -> None:
-        """Migrates at once, as the engine does; other switches end with the next step."""
-        assert self.target is None
-        if self.failure is not None:
-            raise self.failure
-        self.target, self.strategy = text, strategy
-        if strategy is SwitchStrategy.MIGRATE:
-            self._end_switch()
-
-    def _end_switch(self) -> None:
-        assert self.target is not None
-        self.last_switch = SwitchReport(self.layout, self.target, self.strategy, 0.0, 0.0)
-        self.layout, self.target = self.target, None
-
-    def step(self) -> list[RequestDelta]:
-        self.threads.add(threading.current_thread().name)
-        if self.held:
-            self.entered.release()
-            assert self.may_step.acquire(timeout=TIMEOUT)
-        if self.failure is not None:
-            raise self.failure
-        if self.target is not None:
-            self._end_switch()
-        deltas = []
-        for name in list(self.live):
-            self.live[name] -= 1
-            reason = None if self.live[name] else FinishReason.LENGTH
-            deltas.append(RequestDelta(name, token_ids=(self.live[name],), finish_reason=reason))
-            if reason is not None:
-                del self.live[name]
-        return deltas
-
-    def go_on(self) -> None:
-        """Lets the step that has begun, and all that follow, run to their ends."""
-        self.held = False
-        self.may_step.release()
-
-    def wait_for_step(self) -> None:
-        assert self.entered.acquire(timeout=TIMEOUT)
-
-
-class Sink:
-    """Collects what a request gets."""
-
-    def __init__(self) -> None:
-        self.items: list[RequestDelta | EngineDeadError] = []
-        self.done = threading.Event()
-
-    def __call__(self, item: RequestDelta | EngineDeadError) -> None:
-        self.items.append(item)
-        if isinstance(item, EngineDeadError) or item.finish_reason is not None:
-            self.done.set()
-
-    def wait(self) -> list[RequestDelta | EngineDeadError]:
-        assert self.done.wait(TIMEOUT)
-        return self.items
-
-    def last_reason(self) -> FinishReason | None:
-        last = self.wait()[-1]
-        assert isinstance(last, RequestDelta)
-        return last.finish_reason
-
-
-@contextmanager
-def running(engine: ScriptedEngine | Engine) -> Iterator[EngineThread]:
-    thread = EngineThread(cast(Engine, engine))
-    try:
-        yield thread
-    finally:
-        if isinstance(engine, ScriptedEngine):
-            engine.go_on()
-        thread.shutdown()
-
-
-def submit(thread: EngineThread, name: str, params: SamplingParams = PARAMS) -> Sink:
-    sink = Sink()
-    thread.submit(name, [1, 2], params, sink).result(TIMEOUT)
-    return sink
-
-
-def fail_during_a_step(engine: ScriptedEngine, meanwhile: Callable[[], Any], error: Exception) -> Any:
-    """What ``meanwhile`` returns, called while the engine is in a step that then fails."""
-    engine.wait_for_step()
-    result = meanwhile()
-    engine.failure = error
-    engine.go_on()
-    return result
 
 
 def test_a_request_gets_its_deltas_in_order_and_one_end() -> None:
@@ -227,6 +94,21 @@ def test_a_layout_that_is_not_understood_fails_its_own_future_alone() -> None:
         with pytest.raises(LayoutError, match="not understood"):
             thread.switch("nonsense").result(TIMEOUT)
         assert thread.switch("2").result(TIMEOUT).target == "2"
+
+
+def test_a_switch_that_is_refused_when_it_begins_or_later_fails_its_own_future_and_the_next_follows() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        submit(thread, "a")
+        engine.wait_for_step()
+        given_up, in_force, good = thread.switch("3"), thread.switch("1"), thread.switch("2")
+        engine.go_on()
+        with pytest.raises(LayoutError, match="has grown"):
+            given_up.result(TIMEOUT)
+        with pytest.raises(LayoutError, match="in force"):
+            in_force.result(TIMEOUT)
+        assert good.result(TIMEOUT).target == "2"
+        assert thread.is_alive
 
 
 @pytest.mark.parametrize("layout", ["2", "nonsense"])
@@ -354,6 +236,76 @@ def test_shutdown_ends_live_requests_and_may_be_called_twice() -> None:
         stopper.join(TIMEOUT)
         thread.shutdown()
         assert isinstance(sink.wait()[-1], EngineDeadError)
+
+
+def test_shutdown_answers_every_switch_that_was_asked_for() -> None:
+    """One is under way and two wait for it; their callers must not wait for ever."""
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        submit(thread, "a", SamplingParams(max_tokens=1000))
+        engine.wait_for_step()
+        switches = [thread.switch(layout) for layout in ("2", "4", "1")]
+        stopper = threading.Thread(target=thread.shutdown)
+        stopper.start()
+        engine.go_on()
+        stopper.join(TIMEOUT)
+        assert all(future.done() for future in switches)
+        for future in switches:
+            if (error := future.exception(TIMEOUT)) is not None:
+                assert isinstance(error, EngineDeadError)
+
+
+@pytest.mark.parametrize("strategy", SwitchStrategy)
+def test_shutdown_in_the_middle_of_a_real_switch_answers_everybody(strategy: SwitchStrategy) -> None:
+    engine, _ = simulated_engine(layout="1+1+1+1", num_blocks=64, max_model_len=250)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(engine: Engine) -> None:
+        """Lets the queue fill: nothing happens between this and what is asked for meanwhile."""
+        engine.step()
+        reached.set()
+        assert go_on.wait(TIMEOUT)
+
+    with running(engine) as thread:
+        sinks = {i: Sink() for i in range(1, 6)}
+        for i, sink in sinks.items():
+            params = SamplingParams(max_tokens=200, ignore_eos=True)
+            thread.submit(f"r{i}", [i] * 20, params, sink).result(TIMEOUT)
+        held = thread.call(hold)
+        assert reached.wait(TIMEOUT)
+        switches = [thread.switch(layout, strategy) for layout in ("4", "2+2", "dp4")]
+        stopper = threading.Thread(target=thread.shutdown)
+        stopper.start()
+        go_on.set()
+        stopper.join(TIMEOUT)
+        held.result(TIMEOUT)
+        for future in switches:
+            assert future.done()
+            error = future.exception(TIMEOUT)
+            assert error is None or isinstance(error, EngineDeadError)
+        assert all(isinstance(sink.wait()[-1], EngineDeadError) or sink.last_reason() for sink in sinks.values())
+
+
+@pytest.mark.parametrize("strategies", list(itertools.product(SwitchStrategy, repeat=2)), ids=str)
+def test_switches_asked_for_while_a_real_one_is_under_way_are_carried_out_in_order(
+    strategies: tuple[SwitchStrategy, SwitchStrategy],
+) -> None:
+    engine, _ = simulated_engine(layout="1+1+1+1", num_blocks=64)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    with running(engine) as thread:
+        sinks = {i: Sink() for i in range(1, 9)}
+        for i, sink in sinks.items():
+            thread.submit(f"r{i}", [i] * (5 * i), params, sink).result(TIMEOUT)
+        layouts = ("4", "2+1+1", "1+1+2", "2+2")
+        asked = zip(layouts, strategies * 2, strict=True)
+        reports = [future.result(TIMEOUT) for future in [thread.switch(*each) for each in asked]]
+        assert [report.target for report in reports] == list(layouts)
+        assert [report.source for report in reports] == ["1+1+1+1", *layouts[:-1]]
+        assert [report.number for report in reports] == [1, 2, 3, 4]
+        for i, sink in sinks.items():
+            tokens = [token for item in sink.wait() for token in cast(RequestDelta, item).token_ids]
+            assert tokens == expected_output([i] * (5 * i), 60, ignore_eos=True)
+        assert engine.kv.usage == 0.0
 
 
 @pytest.mark.parametrize("strategy", SwitchStrategy)

@@ -6,7 +6,7 @@ from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, S
 from fly_jax.kv_cache import KVCacheManager
 from fly_jax.layout import DeviceGroup
 from fly_jax.request import Request, RequestState
-from tests.fly_jax.builders import make_kv, make_request
+from tests.fly_jax.builders import make_kv, make_request, nothing_to_reclaim
 
 
 class Group:
@@ -21,7 +21,7 @@ class Group:
             assert self.scheduler.admit(request)
 
     def launch(self) -> StepPlan | None:
-        return self.scheduler.schedule(self._preempt)
+        return self.scheduler.schedule(self._preempt, nothing_to_reclaim)
 
     def harvest(self, plan: StepPlan, token: int = 9) -> None:
         for row in plan.rows:
@@ -113,18 +113,15 @@ def test_a_second_step_is_launched_before_the_first_ones_token_is_known() -> Non
 
 
 def test_a_prompt_to_be_scored_goes_through_prefill_rows_to_its_last_token() -> None:
-    group = Group(make_kv(), tokens=16)
+    group = Group(make_kv(), tokens=32)
     group.admit(make_request(17, name="a", prompt_logprobs=True), make_request(1, name="b"))
-    plan = group.run()
-    assert spans(plan.decodes) == [("b", 0, 1, True)]
-    assert not plan.prefills  # a decode's tile uses up this budget
-    group.scheduler.remove(plan.decodes[0].request)
     plans = [group.run() for _ in range(2)]
+    assert [spans(plan.decodes) for plan in plans] == [[("b", 0, 1, True)], [("b", 1, 1, True)]]
     assert [spans(plan.prefills) for plan in plans] == [[("a", 0, 16, False)], [("a", 16, 1, True)]]
-    assert all(row.scores for plan in plans for row in plan.rows)
+    assert all(row.scores for plan in plans for row in plan.prefills)
     plan = group.run()
-    assert spans(plan.decodes) == [("a", 17, 1, True)]
-    assert not plan.decodes[0].scores
+    assert spans(plan.decodes) == [("a", 17, 1, True), ("b", 2, 1, True)]
+    assert not any(row.scores for row in plan.rows)
 
 
 def test_a_request_without_scores_never_asks_for_them() -> None:

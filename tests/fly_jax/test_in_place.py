@@ -52,7 +52,7 @@ def test_steps_run_in_place_on_a_node_of_h200s() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {(r["tp"], r["kind"]) for r in reports} == {
-        (tp, kind) for tp in (1, 2, 4, 8) for kind in ("decode", "mixed")
-    }
+    steps = {(tp, kind) for tp in (1, 2, 4, 8) for kind in ("decode", "mixed")}
+    assert steps <= {(r["tp"], r["kind"]) for r in reports}
+    assert sum(r["kind"].startswith("relayout") for r in reports) == 6
     print(done.stdout)

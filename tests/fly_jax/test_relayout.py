@@ -136,7 +136,7 @@ class Program:
         moves = [
             move
             for request in self.devices.requests
-            for move in slab_moves(spec, base_tp, request.source, request.target, len(request.content))
+            for move in slab_moves(spec, base_tp, request.source, request.target, range(len(request.content)))
         ]
         rounds = list(exchange_rounds(moves, CHUNK_SLABS))
         for round_moves in rounds:

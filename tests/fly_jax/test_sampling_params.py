@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fly_jax.errors import InvalidRequestError
-from fly_jax.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
+from fly_jax.sampling_params import MAX_LOGPROBS, MAX_PRIORITY, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,9 @@ from fly_jax.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, Sa
         ("min_tokens", -1),
         ("logprobs", -1), ("logprobs", MAX_LOGPROBS + 1),
         ("stop", ("",)), ("stop", ("a", "")), ("stop", ("a",) * (MAX_STOP_STRINGS + 1)),
+        ("priority", MAX_PRIORITY + 1), ("priority", -MAX_PRIORITY - 1),
+        ("tensor_parallel_size", 0), ("tensor_parallel_size", -2), ("tensor_parallel_size", 3),
+        ("tensor_parallel_size", 12),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
@@ -41,6 +44,8 @@ def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None
         ("seed", None), ("seed", 0), ("seed", MAX_SEED),
         ("logprobs", None), ("logprobs", 0), ("logprobs", MAX_LOGPROBS),
         ("stop", ()), ("stop", ("a",) * MAX_STOP_STRINGS),
+        ("priority", MAX_PRIORITY), ("priority", -MAX_PRIORITY), ("priority", 0),
+        ("tensor_parallel_size", None), ("tensor_parallel_size", 1), ("tensor_parallel_size", 8),
     ],
 )  # fmt: skip
 def test_values_at_the_limits_are_accepted_unchanged(field: str, value: Any) -> None:
@@ -72,7 +77,8 @@ def test_a_vanishing_temperature_is_greedy(temperature: float, greedy: bool) -> 
     [
         ("seed", 1.5), ("logprobs", 2.5), ("top_k", 2.5), ("max_tokens", "3"), ("min_tokens", True),
         ("temperature", "1"), ("top_p", None), ("min_p", True), ("stop", (3,)), ("stop_token_ids", ("x",)),
-        ("ignore_eos", 1), ("prompt_logprobs", 2),
+        ("ignore_eos", 1), ("prompt_logprobs", 2), ("priority", 0.5), ("priority", "1"), ("tensor_parallel_size", 2.0),
+        ("tensor_parallel_size", True),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) -> None:

@@ -1,41 +1,24 @@
+"""Which groups requests start in, what is refused, and when a layout may change."""
+
 from __future__ import annotations
 
 import pytest
 
 from fly_jax.errors import ContextLengthError, LayoutError, QueueFullError
-from fly_jax.group_scheduler import SchedulerLimits
 from fly_jax.layout import DeviceGroup, Layout
-from fly_jax.outputs import FinishReason
-from fly_jax.request import Request, RequestState
-from fly_jax.scheduler import Scheduler
-from tests.fly_jax.builders import make_kv, make_request
+from fly_jax.outputs import FinishReason, SwitchStrategy
+from fly_jax.request import RequestState
+from tests.fly_jax.builders import make_request
+from tests.fly_jax.schedulers import add, group_of, make_scheduler, send
 
-
-def make_scheduler(
-    layout: str, *, num_blocks: int = 64, max_num_seqs: int = 4, max_model_len: int = 1000, max_queued: int = 100
-) -> Scheduler:
-    parsed = Layout.parse(layout, 4)
-    kv = make_kv(num_blocks, num_devices=4)
-    limits = SchedulerLimits(max_num_seqs, 64)
-    return Scheduler(parsed, limits, kv, max_model_len=max_model_len, max_queued=max_queued)
-
-
-def add(scheduler: Scheduler, *requests: Request) -> None:
-    for request in requests:
-        scheduler.check(len(request.prompt_ids))
-        scheduler.add(request)
-
-
-def group_of(request: Request) -> DeviceGroup:
-    assert request.table is not None
-    return request.table.group
+SEQUENTIAL = SwitchStrategy.SEQUENTIAL
 
 
 def test_requests_are_spread_over_equal_groups() -> None:
     scheduler = make_scheduler("1+1+1+1")
     requests = [make_request(name=str(i)) for i in range(4)]
     add(scheduler, *requests)
-    assert scheduler.route() is None
+    scheduler.route()
     assert {group_of(request).start for request in requests} == {0, 1, 2, 3}
 
 
@@ -63,7 +46,7 @@ def test_nobody_overtakes_the_head_of_the_queue() -> None:
     scheduler = make_scheduler("4", num_blocks=4)  # 64 tokens
     running, head, small = make_request(18, name="running"), make_request(20, name="head"), make_request(2, name="s")
     add(scheduler, running, head, small)
-    assert scheduler.route() is None
+    scheduler.route()
     assert list(scheduler.waiting) == [head, small]
     scheduler.finish(running, FinishReason.STOP)
     scheduler.route()
@@ -71,7 +54,7 @@ def test_nobody_overtakes_the_head_of_the_queue() -> None:
     assert head.state is small.state is RequestState.RUNNING
 
 
-def test_preempted_requests_go_back_to_the_front_and_wait_for_tokens_that_are_still_on_the_device() -> None:
+def test_preempted_requests_go_back_to_their_rank_and_wait_for_tokens_that_are_still_on_the_device() -> None:
     scheduler = make_scheduler("4", num_blocks=1)
     first, second = make_request(name="first"), make_request(name="second")
     add(scheduler, first, second)
@@ -82,12 +65,12 @@ def test_preempted_requests_go_back_to_the_front_and_wait_for_tokens_that_are_st
     scheduler.preempt(first)
     assert list(scheduler.waiting) == [first, second]
     assert scheduler.num_preemptions == 1
-    assert scheduler.route() is None
-    assert first.state is RequestState.WAITING
+    scheduler.route()
+    assert (first.state, second.state) == (RequestState.WAITING, RequestState.RUNNING)
     first.num_pending, first.output_ids = 0, [7]
+    scheduler.finish(second, FinishReason.STOP)
     scheduler.route()
     assert first.state is RequestState.RUNNING
-    assert second.state is RequestState.WAITING
 
 
 @pytest.mark.parametrize("state", ["waiting", "running", "preempted"])
@@ -150,30 +133,28 @@ def test_a_layout_that_could_never_hold_an_accepted_request_is_refused() -> None
     add(scheduler, *running, waiting)
     scheduler.route()
     with pytest.raises(LayoutError, match=r"waiting waits with 60 tokens .* 1\+1\+1\+1 holds 32"):
-        scheduler.begin_switch(Layout.parse("dp4", 4))
+        scheduler.begin_switch(Layout.parse("dp4", 4), SEQUENTIAL)
     assert scheduler.target is None
     scheduler.finish(waiting, FinishReason.ABORT)
-    scheduler.begin_switch(Layout.parse("dp4", 4))
+    scheduler.begin_switch(Layout.parse("dp4", 4), SEQUENTIAL)
 
 
 def test_a_switch_admits_nothing_to_groups_it_dissolves_and_drains_only_those() -> None:
     scheduler = make_scheduler("2+1+1")
-    requests = [make_request(name=str(i)) for i in range(4)]
-    add(scheduler, *requests)
+    requests = [send(scheduler, str(i)) for i in range(4)]
     scheduler.route()
-    scheduler.begin_switch(Layout.parse("1+1+1+1", 4))
-    assert [str(group) for group in scheduler.dissolving] == ["tp2@0-1"]
-    assert not scheduler.drained
-    late = [make_request(name=f"late{i}") for i in range(4)]
-    add(scheduler, *late)
+    scheduler.begin_switch(Layout.parse("1+1+1+1", 4), SEQUENTIAL)
+    assert scheduler.switch is not None
+    assert [str(group) for group in scheduler.switch.dissolving] == ["tp2@0-1"]
+    assert scheduler.advance_switch() is None
+    late = [send(scheduler, f"late{i}") for i in range(4)]
     scheduler.route()
     assert {group_of(request).start for request in late if request.table} == {2, 3}
     kept = {group: scheduler.groups[group] for group in scheduler.groups if group.size == 1}
     for request in requests:
         if group_of(request).size == 2:
             scheduler.finish(request, FinishReason.STOP)
-    assert scheduler.drained
-    scheduler.complete_switch()
+    assert scheduler.advance_switch() is not None
     assert str(scheduler.layout) == "1+1+1+1"
     assert scheduler.target is None
     assert all(scheduler.groups[group] is same for group, same in kept.items())
@@ -182,20 +163,30 @@ def test_a_switch_admits_nothing_to_groups_it_dissolves_and_drains_only_those() 
 
 def test_a_second_switch_is_refused_while_one_is_under_way() -> None:
     scheduler = make_scheduler("4")
-    scheduler.begin_switch(Layout.parse("2+2", 4))
+    scheduler.begin_switch(Layout.parse("2+2", 4), SEQUENTIAL)
     with pytest.raises(LayoutError, match=r"switch to 2\+2 is under way: ask for 1\+1\+1\+1"):
-        scheduler.begin_switch(Layout.parse("dp4", 4))
-    scheduler.complete_switch()
-    scheduler.begin_switch(Layout.parse("dp4", 4))
+        scheduler.begin_switch(Layout.parse("dp4", 4), SEQUENTIAL)
+    assert scheduler.advance_switch() is not None
+    scheduler.begin_switch(Layout.parse("dp4", 4), SEQUENTIAL)
 
 
-def test_a_switch_to_the_layout_in_force_has_nothing_to_drain() -> None:
+@pytest.mark.parametrize("strategy", SwitchStrategy)
+def test_a_switch_to_the_layout_in_force_has_nothing_to_wait_for(strategy: SwitchStrategy) -> None:
     scheduler = make_scheduler("2+2")
-    request = make_request()
-    add(scheduler, request)
+    request = send(scheduler, "r")
     scheduler.route()
-    scheduler.begin_switch(Layout.parse("2+2", 4))
-    assert scheduler.drained
-    scheduler.complete_switch()
+    scheduler.begin_switch(Layout.parse("2+2", 4), strategy)
+    scheduler.prepare_switch()
+    assert scheduler.advance_switch() is not None
     assert request.state is RequestState.RUNNING
     assert scheduler.num_running == 1
+
+
+def test_a_waiting_request_whose_last_token_is_on_the_device_does_not_keep_the_layout() -> None:
+    scheduler = make_scheduler("4", num_blocks=8)
+    request = send(scheduler, "ending", 31, max_tokens=1)  # 32 tokens are what a narrow group holds
+    scheduler.route()
+    assert scheduler.schedule(DeviceGroup(0, 4)) is not None
+    scheduler.preempt(request)
+    assert request.will_sample_no_more
+    scheduler.begin_switch(Layout.parse("dp4", 4), SEQUENTIAL)

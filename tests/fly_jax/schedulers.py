@@ -1,0 +1,70 @@
+"""Schedulers without an engine, and what tests ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fly_jax.group_scheduler import SchedulerLimits
+from fly_jax.layout import DeviceGroup, Layout, all_groups
+from fly_jax.relayout_plan import HeadSplits, SlabMove
+from fly_jax.request import Request
+from fly_jax.scheduler import Scheduler
+from tests.fly_jax.builders import make_kv, make_request
+
+
+class NoMover:
+    """Moves nothing; what is moved is tested with the engine."""
+
+    chunk_slabs = 16
+
+    def relayout(
+        self,
+        group: DeviceGroup,  # noqa: ARG002  a mover's shape
+        splits: HeadSplits,  # noqa: ARG002
+        moves: Sequence[SlabMove],
+        token_devices: Mapping[int, int],  # noqa: ARG002
+    ) -> int:
+        return len(moves)
+
+
+def make_scheduler(
+    layout: str,
+    *,
+    num_blocks: int = 64,
+    max_num_seqs: int = 4,
+    max_model_len: int = 1000,
+    max_queued: int = 100,
+    patience: int = 512,
+    elastic: bool = False,
+) -> Scheduler:
+    return Scheduler(
+        Layout.parse(layout, 4),
+        SchedulerLimits(max_num_seqs, 64, patience),
+        make_kv(num_blocks, num_devices=4),
+        NoMover(),
+        max_model_len=max_model_len,
+        max_queued=max_queued,
+        compiled=all_groups(4, 1),
+        elastic=elastic,
+    )
+
+
+def add(scheduler: Scheduler, *requests: Request) -> None:
+    for request in requests:
+        scheduler.check(len(request.prompt_ids), request.min_width)
+        scheduler.add(request)
+
+
+def send(scheduler: Scheduler, name: str, prompt: int = 4, **options: Any) -> Request:
+    request = make_request(prompt, name=name, **options)
+    add(scheduler, request)
+    return request
+
+
+def group_of(request: Request) -> DeviceGroup:
+    return request.held_table.group
+
+
+def names(requests: Sequence[Request]) -> list[str]:
+    return [request.request_id for request in requests]

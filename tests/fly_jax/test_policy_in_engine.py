@@ -1,0 +1,150 @@
+"""The policy and the scheduler at work together, under a virtual clock."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from fly_jax.layout import Layout
+from fly_jax.outputs import FinishReason, SwitchStrategy
+from tests.fly_jax.virtual_time import Arrival, Simulation
+
+QUIET = [Arrival(0.5 * index, 200, 40) for index in range(12)]
+
+
+def steady(rate: float, seconds: float, *, start: float = 0.0, seed: int = 0, output: int = 64) -> list[Arrival]:
+    """Poisson arrivals of short requests."""
+    source, now, arrivals = random.Random(seed), start, []
+    while (now := now + source.expovariate(rate)) < start + seconds:
+        arrivals.append(Arrival(now, source.randint(50, 400), source.randint(output // 2, output)))
+    return arrivals
+
+
+def widest(layout: str) -> int:
+    return max(int(degree) for degree in layout.split("+"))
+
+
+def switches(simulation: Simulation) -> int:
+    return simulation.engine.control.log.count.total()
+
+
+def finished(simulation: Simulation) -> int:
+    return sum(delta.finish_reason is FinishReason.LENGTH for _, delta in simulation.deltas)
+
+
+def test_a_quiet_engine_runs_one_wide_group() -> None:
+    simulation = Simulation(QUIET)
+    simulation.run()
+    assert simulation.engine_layout == "4"
+    assert switches(simulation) == 1
+    assert finished(simulation) == len(QUIET)
+
+
+def test_a_burst_goes_narrow_at_once_and_its_end_goes_wide_again() -> None:
+    burst = [Arrival(6.5, 400, 64) for _ in range(120)]
+    calm = [Arrival(16.0 + index, 200, 40) for index in range(10)]
+    simulation = Simulation([*QUIET, *burst, *calm])
+    simulation.run(until=6.49)
+    assert simulation.engine_layout == "4"
+    before = len(simulation.samples)
+    simulation.run(until=7.5)
+    narrow = next(index for index, each in enumerate(simulation.samples[before:]) if widest(each.layout) == 1)
+    assert narrow <= 30  # passes of the loop, arrivals and copying ahead included
+    simulation.run()
+    assert simulation.engine_layout == "4"
+    assert switches(simulation) <= 6
+    assert finished(simulation) == len(QUIET) + len(burst) + len(calm)
+
+
+def test_a_long_context_gets_a_wide_group_beside_narrow_ones_under_load() -> None:
+    load = steady(rate=140.0, seconds=6.0)
+    # One device holds 512 blocks of 16 tokens.
+    simulation = Simulation([*load, Arrival(3.0, 9000, 40)], max_model_len=16_384)
+    simulation.run(until=2.99)
+    assert simulation.engine_layout == "1+1+1+1"
+    simulation.run(until=3.5)
+    layouts = {each.layout for each in simulation.samples if each.time > 3.1}
+    assert layouts & {"2+1+1", "1+1+2"}
+    simulation.run()
+    assert finished(simulation) == len(load) + 1
+
+
+def test_a_request_that_outgrows_its_group_is_widened_live_and_nothing_is_recomputed() -> None:
+    load = steady(rate=140.0, seconds=8.0, output=16)
+    grower = Arrival(2.0, 7800, 1200)
+    simulation = Simulation([*load, grower], max_model_len=16_384)
+    simulation.run()
+    assert finished(simulation) == len(load) + 1
+    assert simulation.engine.control.decisions["make_room"] >= 1
+    (widening,) = (each for each in simulation.engine.control.log.history if "needs a group of 2" in each.reason)
+    assert widening.tokens_recomputed == 0
+    assert widening.requests_moved >= 1
+
+
+def test_a_minimum_width_is_granted_under_load_within_a_few_passes() -> None:
+    load = steady(rate=140.0, seconds=4.0)
+    simulation = Simulation([*load, Arrival(2.0, 300, 20, width=2)])
+    simulation.run(until=2.0)
+    started = len(simulation.samples)
+    wide = f"r{sum(arrival.at < 2.0 for arrival in load)}"
+    groups: set[int] = set()
+
+    def watch(each: Simulation) -> None:
+        request = each.engine.scheduler.requests.get(wide)
+        if request is not None and request.min_width == 2 and request.table is not None:
+            groups.add(request.table.group.size)
+
+    simulation = Simulation([*load, Arrival(2.0, 300, 20, width=2)], on_step=watch)
+    simulation.run()
+    assert groups
+    assert min(groups) >= 2
+    first = next(index for index, each in enumerate(simulation.samples[started:]) if widest(each.layout) >= 2)
+    assert first <= 60
+
+
+@pytest.mark.parametrize("strategy", [SwitchStrategy.SEQUENTIAL, SwitchStrategy.SOFT_PREEMPT])
+def test_a_wide_request_waits_no_longer_than_patience_for_devices_that_drain(strategy: SwitchStrategy) -> None:
+    load = [Arrival(0.0, 100, 600) for _ in range(48)]
+    simulation = Simulation([*load, Arrival(1.0, 300, 20, width=4)], strategy=strategy, patience=100)
+    simulation.run(until=1.0)
+    began = len(simulation.samples)
+    simulation.run()
+    granted = next(index for index, each in enumerate(simulation.samples[began:]) if widest(each.layout) == 4)
+    assert granted <= 100 + 50
+    assert finished(simulation) == len(load) + 1
+
+
+@pytest.mark.parametrize("rate", [20.0, 40.0, 60.0, 80.0, 100.0, 120.0])
+def test_a_load_that_hovers_anywhere_does_not_make_the_layout_flap(rate: float) -> None:
+    simulation = Simulation(steady(rate=rate, seconds=12.0, seed=int(rate)))
+    simulation.run()
+    assert switches(simulation) <= 6
+    changes = [b.time for a, b in itertools.pairwise(simulation.samples) if a.layout != b.layout]
+    assert len(changes) == switches(simulation)
+
+
+def test_every_decision_has_a_reason_and_is_counted() -> None:
+    simulation = Simulation(QUIET)
+    simulation.run()
+    control = simulation.engine.control
+    assert control.decisions.total() == switches(simulation) == 1
+    assert control.last_decision is not None
+    assert control.last_decision.startswith("1+1+1+1 -> 4: widen, ")
+    assert control.log.history[0].reason in control.last_decision
+
+
+def test_a_static_policy_never_switches() -> None:
+    simulation = Simulation([*QUIET, *steady(rate=100.0, seconds=2.0)], policy="static", layout="2+2")
+    simulation.run()
+    assert {each.layout for each in simulation.samples} == {"2+2"}
+
+
+def test_the_layout_of_eight_devices_is_always_one_that_fits_them() -> None:
+    load = [*steady(rate=150.0, seconds=5.0), Arrival(2.0, 500, 30, priority=-1), Arrival(3.0, 500, 30, width=4)]
+    simulation = Simulation(load, num_devices=8)
+    simulation.run()
+    for text in {each.layout for each in simulation.samples}:
+        Layout.parse(text, 8)
+    assert finished(simulation) == len(load)
