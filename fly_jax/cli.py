@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fly_jax import __version__
-from fly_jax.config import DTYPES, EngineConfig
+from fly_jax.config import DTYPES, POLICIES, SCHEDULING_POLICIES, EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
+from fly_jax.outputs import SwitchStrategy
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
 
 Command = Callable[[argparse.Namespace], int]
 
 USAGE_ERROR = 2
+OWN_LOGGERS = ("fly_jax", "serving", "checkpoints")
+STRATEGIES = tuple(strategy.value for strategy in SwitchStrategy)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, 2 for anything that the user can mend."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _configure_logging(options.log_level or ("info" if options.command is serve else "warning"))
     command: Command = options.command
     try:
         return command(options)
@@ -40,6 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _configure_logging(level: str) -> None:
+    """Our own messages from this level on; those of libraries only when they warn, or with ``debug``."""
+    own = level.upper()
+    logging.basicConfig(
+        level=own if own == "DEBUG" else "WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(own)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -108,7 +121,8 @@ def demo(options: argparse.Namespace) -> int:
     """Sends a burst at a server while its layout changes."""
     from serving.demo import run_demo
 
-    return run_demo(options.url, options.requests, _key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY"))
+    admin_key = _key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY")
+    return run_demo(options.url, options.requests, admin_key, options.switch_strategy)
 
 
 def _key(given: str | None, option: str, variable: str) -> str | None:
@@ -146,7 +160,11 @@ def _first_layout(options: argparse.Namespace) -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fly-jax", description="An LLM server that changes its DP/TP layout while it serves.")
     parser.add_argument("--version", action="version", version=f"fly-jax {__version__}")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        help="messages from this level on (serve: info, which has every layout decision; others: warning)",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve a model with an OpenAI-compatible API"))
     _add_generate(commands.add_parser("generate", help="complete prompts and exit"))
@@ -192,11 +210,17 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="a running server (default: start one with the bundled model)")
     parser.add_argument("--requests", type=int, default=24, help="requests in flight at each layout")
     parser.add_argument("--admin-key", help="the server's admin key, if it has one")
+    parser.add_argument("--switch-strategy", choices=STRATEGIES, help="how its switches treat requests in flight")
     parser.set_defaults(command=demo)
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a Hugging Face folder or a converted one")
+    _add_layout_options(parser)
+    _add_engine_limits(parser)
+
+
+def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout")
     layout.add_argument("--devices", type=int, help=f"devices to use (default: all; on CPU {DEFAULT_DEVICES} virtual)")
     layout.add_argument("--layout", help="first layout: 2+2, 2+1+1, dp4, tp4, dp2xtp2 (default: narrowest)")
@@ -206,12 +230,37 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--tensor-parallel-size", "-tp", type=int, help="uniform first layout of this TP degree")
     layout.add_argument("--data-parallel-size", "-dp", type=int, help="uniform first layout of this many groups")
     layout.add_argument("--base-tp", type=int, help="smallest TP degree that holds the model (default: from memory)")
+    layout.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="auto",
+        help="who chooses the layout while it runs: auto (the same as load_adaptive) follows the load; static keeps "
+        "the first one until you ask for another. '--layout 2+2 --policy static' pins a layout (default: %(default)s)",
+    )
+    layout.add_argument(
+        "--switch-strategy",
+        choices=STRATEGIES,
+        default=SwitchStrategy.MIGRATE.value,
+        help="what becomes of running requests when the layout changes: migrate moves their KV and they go on at "
+        "once; sequential lets them end first; soft_preempt too, but runs waiting ones on idle groups meanwhile; "
+        "hard_preempt pauses them until their group is back or its devices are idle (default: %(default)s)",
+    )
+
+
+def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's")
     engine.add_argument("--max-model-len", type=int, help="context limit in tokens (default: the model's)")
     engine.add_argument("--max-num-seqs", type=int, default=32, help="requests running at once in a group")
     engine.add_argument("--max-num-batched-tokens", type=int, default=512, help="tokens in one step of a group")
     engine.add_argument("--max-num-queued-reqs", type=int, default=1024, help="requests waiting before 503")
+    engine.add_argument(
+        "--scheduling-policy",
+        choices=SCHEDULING_POLICIES,
+        default="priority",
+        help="who runs first: priority: the request with the lowest 'priority' number, by arrival among equals; "
+        "fcfs: by arrival alone (default: %(default)s)",
+    )
     engine.add_argument("--block-size", type=int, default=16, help="tokens a KV block holds at TP 1")
     engine.add_argument("--num-gpu-blocks-override", dest="num_blocks", type=int, help="KV blocks a device")
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="fraction for weights and KV")

@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 
+from fly_jax.errors import ConfigError
+from fly_jax.outputs import SwitchReport
+from serving.engine_client import EngineClient
 from serving.errors import AUTHENTICATION, PERMISSION, ApiError
 from serving.middleware import bearer_token, same_secret
 from serving.protocol import LayoutRequest
@@ -16,6 +19,7 @@ from serving.state import state_of
 
 router = APIRouter()
 
+MAX_HISTORY = 20
 PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 
 
@@ -44,15 +48,45 @@ async def require_admin(request: Request) -> None:
 
 @router.get("/layout")
 async def get_layout(request: Request) -> dict[str, Any]:
+    """Where the engine is, who decides, and the latest switches, oldest first."""
     stats = await state_of(request).engine.stats()
-    last = None if stats.last_switch is None else dataclasses.asdict(stats.last_switch)
-    return {"layout": stats.layout, "target_layout": stats.target_layout, "last_switch": last}
+    history = [dataclasses.asdict(report) for report in stats.switch_history[-MAX_HISTORY:]]
+    return {
+        "layout": stats.layout,
+        "target_layout": stats.target_layout,
+        "policy": stats.policy,
+        "strategy": stats.strategy,
+        "last_decision": stats.last_decision,
+        "decisions": stats.decisions,
+        "last_switch": history[-1] if history else None,
+        "switch_history": history,
+    }
 
 
 @router.post("/layout", dependencies=[Depends(require_admin)])
 async def set_layout(body: LayoutRequest, request: Request) -> dict[str, Any]:
     """Returns when the switch is complete. Whoever asked may leave meanwhile: a switch begun is carried through."""
-    return dataclasses.asdict(await state_of(request).engine.switch(body.layout))
+    engine = state_of(request).engine
+    if body.layout is not None:
+        report = await engine.switch(body.layout, body.strategy)
+        return {**dataclasses.asdict(report), "policy": await _policy_after(engine, report, body.policy)}
+    assert body.policy is not None
+    policy = await _set_policy(engine, body.policy)
+    return {"layout": (await engine.stats()).layout, "policy": policy}
+
+
+async def _policy_after(engine: EngineClient, report: SwitchReport, policy: str | None) -> str:
+    """The switch itself has pinned the layout; any other policy takes over from there."""
+    if policy is None or policy == "static":
+        return (await engine.stats()).policy
+    return await _set_policy(engine, policy, f"the layout is {report.target} now and stays: ")
+
+
+async def _set_policy(engine: EngineClient, policy: str, so_far: str = "") -> str:
+    try:
+        return await engine.set_policy(policy)
+    except ConfigError as error:
+        raise ApiError(400, f"{so_far}{error}", param="policy", code="invalid_policy") from error
 
 
 def _has_key(request: Request, admin_key: str) -> bool:

@@ -13,8 +13,10 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import httpx
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,9 +31,10 @@ FACTS = 60
 # The bundled model errs now and then by itself; lost or swapped KV would make most answers wrong.
 MODEL_RECALL = 0.9
 HEADINGS = (
-    "layout", "drain", "cutover", "done", "recall", "TTFT", "gap", "worst", "tok/s",
+    "layout", "drain", "cutover", "stall", "done", "recall", "TTFT", "gap", "worst", "tok/s",
 )  # fmt: skip
 START_TIMEOUT_SECONDS = 600
+RESTORE_TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +60,66 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One layout's share of the demo."""
+    """One layout's share of the demo; ``switch`` is the server's report of the switch that began it."""
 
     layout: str
     started: float
     ended: float
-    drain_ms: float
-    cutover_ms: float
+    switch: dict[str, Any]
 
 
 class DemoClient:
     """Keeps a number of requests in flight and remembers how each went."""
 
-    def __init__(self, http: httpx.AsyncClient, model: str, admin_key: str | None) -> None:
-        self._http, self._model = http, model
+    def __init__(self, http: httpx.AsyncClient, model: str, admin_key: str | None, strategy: str | None = None) -> None:
+        self._http, self._model, self._strategy = http, model, strategy
         self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         self.layout = ""
         self.finished: list[Finished] = []
 
-    async def switch(self, layout: str) -> tuple[float, float]:
-        """Changes the layout while requests run: drain and cutover in milliseconds."""
-        answer = await self._http.post("/layout", json={"layout": layout}, headers=self._headers, timeout=None)
-        if answer.status_code != httpx.codes.OK:
-            raise ConfigError(f"the server refused layout {layout}: {answer.text}")
+    async def switch(self, layout: str) -> dict[str, Any]:
+        """Changes the layout while requests run; returns the server's report.
+
+        Raises:
+            ConfigError: the server refuses.
+        """
+        report = await self._set_layout({"layout": layout, "strategy": self._strategy})
         self.layout = layout
-        report = answer.json()
-        return 1e3 * report["drain_seconds"], 1e3 * report["cutover_seconds"]
+        return report
+
+    async def settled(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The same report as the server has it by now: the worst gap is known once every stream has gone on."""
+        history = (await self._state())["switch_history"]
+        return next((later for later in history if later["number"] == report["number"]), report)
+
+    @contextlib.asynccontextmanager
+    async def policy_kept(self) -> AsyncIterator[None]:
+        """Hands the layout back, in the end, to the policy that chose it before: each switch pins it.
+
+        Raises:
+            ConfigError: the server refuses.
+        """
+        back = {"policy": (await self._state())["policy"]}
+        try:
+            yield
+        except BaseException:
+            # What went wrong first is what the user is told, even if handing back goes wrong too.
+            with contextlib.suppress(ConfigError, httpx.HTTPError):
+                await self._set_layout(back, RESTORE_TIMEOUT_SECONDS)
+            raise
+        await self._set_layout(back, RESTORE_TIMEOUT_SECONDS)
+
+    async def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = (await self._http.get("/layout", timeout=None)).raise_for_status().json()
+        return state
+
+    async def _set_layout(self, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+        answer = await self._http.post("/layout", json=body, headers=self._headers, timeout=timeout)
+        if answer.status_code != httpx.codes.OK:
+            asked = " ".join(f"{name} {value}" for name, value in body.items() if value is not None)
+            raise ConfigError(f"the server refused {asked}: {answer.text}")
+        report: dict[str, Any] = answer.json()
+        return report
 
     async def keep_busy(self, numbers: Iterator[int]) -> None:
         """One client: sends a request, reads its stream, sends the next."""
@@ -108,7 +145,8 @@ class DemoClient:
 
     async def _stream(self, body: dict[str, object]) -> AsyncIterator[str]:
         async with self._http.stream("POST", "/v1/completions", json=body, timeout=None) as response:
-            response.raise_for_status()
+            if response.status_code != httpx.codes.OK:
+                raise FlyJaxError(f"a request failed: {(await response.aread()).decode(errors='replace')}")
             async for line in response.aiter_lines():
                 data = line.removeprefix("data: ")
                 if not line.startswith("data: ") or data == "[DONE]":
@@ -120,21 +158,25 @@ class DemoClient:
                     yield choice["text"]
 
 
-def run_demo(url: str | None, concurrency: int, admin_key: str | None) -> int:
-    """Runs the demo and prints what happened.
+def run_demo(url: str | None, concurrency: int, admin_key: str | None, strategy: str | None = None) -> int:
+    """Runs the demo and prints what happened; the server's layout policy is left as it was found.
+
+    Args:
+        strategy: of the switches; None: the server's own.
 
     Returns:
         0 if every request ended and the recall answers were as good as the model is, else 1.
 
     Raises:
         ConfigError: the server cannot be reached or refuses to switch.
+        FlyJaxError: a request failed.
     """
     console = Console()
     with contextlib.ExitStack() as stack:
         if url is None:
             url = stack.enter_context(_own_server(console))
         try:
-            phases, finished = asyncio.run(_burst(url, concurrency, admin_key, console))
+            phases, finished = asyncio.run(_burst(url, concurrency, admin_key, strategy, console))
         except httpx.HTTPError as error:
             raise ConfigError(f"{url} does not answer as a fly-jax server: {error!r}; check --url") from error
     _print_results(console, phases, finished)
@@ -143,26 +185,31 @@ def run_demo(url: str | None, concurrency: int, admin_key: str | None) -> int:
 
 
 async def _burst(
-    url: str, concurrency: int, admin_key: str | None, console: Console
+    url: str, concurrency: int, admin_key: str | None, strategy: str | None, console: Console
 ) -> tuple[list[Phase], list[Finished]]:
     limits = httpx.Limits(max_connections=concurrency + 2)
     async with httpx.AsyncClient(base_url=url, limits=limits) as http:
         models = (await http.get("/v1/models")).raise_for_status().json()
-        client = DemoClient(http, models["data"][0]["id"], admin_key)
-        await client.switch(LAYOUTS[0])
-        stop = asyncio.Event()
-        numbers = itertools.takewhile(lambda _: not stop.is_set(), itertools.count())
-        workers = [asyncio.create_task(client.keep_busy(numbers)) for _ in range(concurrency)]
-        phases = []
-        for layout in LAYOUTS:
-            console.print(f"{concurrency} requests in flight; layout -> [bold]{layout}[/]")
-            drain, cutover = await client.switch(layout)
-            started = time.perf_counter()
-            await _hold(workers)
-            phases.append(Phase(layout, started, time.perf_counter(), drain, cutover))
-        stop.set()
-        await asyncio.gather(*workers)
-        return phases, client.finished
+        client = DemoClient(http, models["data"][0]["id"], admin_key, strategy)
+        async with client.policy_kept():
+            await client.switch(LAYOUTS[0])
+            return await _phases(client, concurrency, console), client.finished
+
+
+async def _phases(client: DemoClient, concurrency: int, console: Console) -> list[Phase]:
+    stop = asyncio.Event()
+    numbers = itertools.takewhile(lambda _: not stop.is_set(), itertools.count())
+    workers = [asyncio.create_task(client.keep_busy(numbers)) for _ in range(concurrency)]
+    phases = []
+    for layout in LAYOUTS:
+        console.print(f"{concurrency} requests in flight; layout -> [bold]{layout}[/]")
+        report = await client.switch(layout)
+        started = time.perf_counter()
+        await _hold(workers)
+        phases.append(Phase(layout, started, time.perf_counter(), await client.settled(report)))
+    stop.set()
+    await asyncio.gather(*workers)
+    return phases
 
 
 async def _hold(workers: list[asyncio.Task[None]]) -> None:
@@ -201,7 +248,14 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def _print_results(console: Console, phases: list[Phase], finished: list[Finished]) -> None:
-    table = Table(title="What happened (milliseconds; TTFT and gap between tokens are medians)")
+    table = Table(
+        title="What happened (milliseconds; TTFT and gap between tokens are medians)",
+        caption="stall: the longest that a stream stood still across the switch, as the server saw it; "
+        "worst: the longest gap between tokens in the phase, as clients saw it",
+        # Fits a terminal of 80 columns.
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     for index, phase in enumerate(phases):
@@ -226,8 +280,9 @@ def _phase_row(phase: Phase, inside: list[Finished]) -> list[str]:
     elapsed = max([request.ended for request in inside], default=phase.ended) - phase.started
     return [
         phase.layout,
-        f"{phase.drain_ms:.1f}",
-        f"{phase.cutover_ms:.2f}",
+        f"{1e3 * phase.switch['drain_seconds']:.1f}",
+        f"{1e3 * phase.switch['cutover_seconds']:.2f}",
+        f"{1e3 * phase.switch['worst_gap_seconds']:.0f}",
         str(len(inside)),
         f"{sum(recalls)}/{len(recalls)}",
         f"{1e3 * median(r.first_token for r in inside):.0f}" if inside else "-",

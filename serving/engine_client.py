@@ -58,9 +58,6 @@ class EngineClient(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
-    @property
-    def layout(self) -> str: ...
-
     def generate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
     ) -> AsyncIterator[RequestDelta]:
@@ -76,11 +73,20 @@ class EngineClient(Protocol):
 
     async def abort(self, request_id: str, /) -> None: ...
 
-    async def switch(self, layout: str, /) -> SwitchReport:
-        """Changes the layout while requests run.
+    async def switch(self, layout: str, strategy: str | None, /) -> SwitchReport:
+        """Changes the layout while requests run and pins it; without a strategy, by the engine's default one.
 
         Raises:
             LayoutError: the layout is malformed or does not fit the devices.
+            ConfigError: there is no such strategy.
+        """
+        ...
+
+    async def set_policy(self, policy: str, /) -> str:
+        """Says who chooses the layout from now on; returns the canonical name of what is in force.
+
+        Raises:
+            ConfigError: there is no such policy, or the engine cannot follow it.
         """
         ...
 

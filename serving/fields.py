@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from fly_jax.errors import InvalidRequestError
+from fly_jax.choices import policy_named
+from fly_jax.config import POLICIES
+from fly_jax.errors import ConfigError, InvalidRequestError
 from fly_jax.sampling_params import MAX_STOP_STRINGS
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,13 @@ def parse_stop_token_ids(value: list[int] | None) -> list[int] | None:
     return value
 
 
+def parse_policy(value: str) -> str:
+    try:
+        return policy_named(value)
+    except ConfigError as error:
+        raise InvalidRequestError(str(error), param="policy") from None
+
+
 def parse_template_kwargs(value: Any) -> dict[str, Any]:
     """Switches such as ``enable_thinking``; plain values only, and never what the server itself passes."""
     if value is None:
@@ -160,6 +169,7 @@ PromptsField = Annotated[
 StopField = Annotated[tuple[str, ...], PlainValidator(parse_stop, json_schema_input_type=str | list[str] | None)]
 ContentField = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[dict[str, str]])]
 StopTokenIdsField = Annotated[list[int] | None, AfterValidator(parse_stop_token_ids)]
+PolicyField = Annotated[str, AfterValidator(parse_policy), Field(json_schema_extra={"enum": list(POLICIES)})]
 TemplateKwargsField = Annotated[
     dict[str, Any], BeforeValidator(parse_template_kwargs, json_schema_input_type=dict[str, Any] | None)
 ]
@@ -195,7 +205,6 @@ UNSUPPORTED_COMMON: Mapping[str, Callable[[Any], bool]] = {
     "logit_bias": _EMPTY,
     "logits_processors": _EMPTY,
     "presence_penalty": neutral(0),
-    "priority": neutral(0),
     "repetition_penalty": neutral(1),
     "response_format": neutral({"type": "text"}),
     "return_token_ids": _OFF,

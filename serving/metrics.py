@@ -2,23 +2,27 @@
 
 What the engine counts is read from its statistics at each scrape; latencies are those that clients see, measured
 here. Each application has its own registry.
+
+A switch's cutover is a histogram, since it is final once reported. Its worst gap is a gauge of the last switch: it
+grows until the last stream that it held up goes on, and a histogram can take nothing back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fly_jax.outputs import EngineStats
+from fly_jax.outputs import EngineStats, SwitchReport, SwitchStrategy
 
 MODEL = "model_name"
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+CUTOVER_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class EngineCollector(Collector):
@@ -37,21 +41,36 @@ class EngineCollector(Collector):
         yield self._labelled_counter(
             "vllm:request_success", "Requests by the reason they ended.", "finished_reason", stats.requests_finished
         )
-        layout = GaugeMetricFamily("fly:layout_info", "1 for the layout in use.", labels=[MODEL, "layout"])
-        layout.add_metric([self._model, stats.layout], 1)
-        yield layout
+        switches = {strategy.value: 0 for strategy in SwitchStrategy} | stats.switches
+        yield self._labelled_counter("fly:switches", "Changes of layout by strategy.", "strategy", switches)
+        yield self._labelled_counter(
+            "fly:layout_decisions", "What the layout policy decided.", "decision", stats.decisions
+        )
+        yield self._info("fly:layout_info", "1 for the layout in use.", "layout", stats.layout)
+        yield self._info("fly:policy_info", "1 for the layout policy in force.", "policy", stats.policy)
+        if stats.last_switch is not None:
+            yield from self._last_switch(stats.last_switch)
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("vllm:num_requests_running", "Requests being computed.", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
+        yield self._gauge("fly:num_requests_paused", "Requests whose KV waits for its group.", stats.paused)
         yield self._gauge("vllm:kv_cache_usage_perc", "Used fraction of the KV blocks, 0 to 1.", stats.kv_usage)
         yield self._gauge(
             "fly:compiles_after_warmup", "Compiles while serving; must stay 0.", stats.compiles_after_warmup
         )
-        if stats.last_switch is not None:
-            drain, cutover = stats.last_switch.drain_seconds, stats.last_switch.cutover_seconds
-            yield self._gauge("fly:switch_drain_seconds", "How long the last switch waited for old work.", drain)
-            yield self._gauge("fly:switch_cutover_seconds", "How long the last switch itself took.", cutover)
+
+    def _last_switch(self, report: SwitchReport) -> Iterator[Metric]:
+        for name, text, value in (
+            ("drain_seconds", "How long the last switch waited for old work.", report.drain_seconds),
+            ("precopy_seconds", "How long the last switch copied KV while old work went on.", report.precopy_seconds),
+            ("cutover_seconds", "The last switch: last old step launched to first new one.", report.cutover_seconds),
+            ("worst_gap_seconds", "Longest that a stream stood still in the last switch.", report.worst_gap_seconds),
+            ("kv_bytes_moved", "KV bytes that the last switch moved.", report.kv_bytes_moved),
+            ("kv_blocks_moved", "KV blocks that the last switch moved.", report.kv_blocks_moved),
+            ("tokens_recomputed", "Tokens whose KV the last switch gave up.", report.tokens_recomputed),
+        ):
+            yield self._gauge(f"fly:last_switch_{name}", text, value)
 
     def _counters(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._counter("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
@@ -59,7 +78,9 @@ class EngineCollector(Collector):
         yield self._counter(
             "vllm:num_preemptions", "Requests taken out of a step for lack of blocks.", stats.preemptions
         )
-        yield self._counter("fly:switches", "Changes of layout.", stats.switches)
+        recomputed, moved = stats.switch_tokens_recomputed, stats.switch_kv_bytes_moved
+        yield self._counter("fly:switch_tokens_recomputed", "Tokens computed again after switches.", recomputed)
+        yield self._counter("fly:switch_kv_bytes_moved", "KV bytes that switches moved.", moved)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=[MODEL])
@@ -69,6 +90,11 @@ class EngineCollector(Collector):
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=[MODEL])
         family.add_metric([self._model], value)
+        return family
+
+    def _info(self, name: str, text: str, label: str, value: str) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=[MODEL, label])
+        family.add_metric([self._model, value], 1)
         return family
 
     def _labelled_counter(self, name: str, text: str, label: str, values: dict[str, int]) -> Metric:
@@ -97,6 +123,11 @@ class ServerMetrics:
             "vllm:e2e_request_latency_seconds", "Arrival to the end of a request.", model_name, E2E_BUCKETS
         )
 
+        self._switch_cutover = self._histogram(
+            "fly:switch_cutover_seconds", "Last old step launched to first new one.", model_name, CUTOVER_BUCKETS
+        )
+        self._last_observed_switch = 0
+
     def _histogram(self, name: str, text: str, model_name: str, buckets: tuple[float, ...]) -> Histogram:
         histogram = Histogram(name, text, labelnames=[MODEL], buckets=buckets, registry=self._registry)
         return histogram.labels(model_name)
@@ -104,4 +135,15 @@ class ServerMetrics:
     def render(self, stats: EngineStats | None) -> bytes:
         """The text of a scrape; without statistics, only what the server measured itself."""
         self._engine.stats = stats
+        if stats is not None:
+            self._observe_switches(stats.switch_history)
         return generate_latest(self._registry)
+
+    def _observe_switches(self, history: Sequence[SwitchReport]) -> None:
+        """Each switch once, when it has settled; those that have left the history by then are not seen."""
+        for report in history:
+            if not report.settled:
+                return
+            if report.number > self._last_observed_switch:
+                self._switch_cutover.observe(report.cutover_seconds)
+                self._last_observed_switch = report.number

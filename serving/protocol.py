@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fly_jax.errors import InvalidRequestError
+from fly_jax.outputs import SwitchStrategy
 from fly_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from serving.fields import (
     HARMLESS,
@@ -22,6 +23,7 @@ from serving.fields import (
     Int64,
     Name,
     PlainId,
+    PolicyField,
     Prompt,
     PromptsField,
     StopField,
@@ -78,6 +80,8 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     min_tokens: Int64 | None = None
     skip_special_tokens: bool | None = None
+    priority: Int64 | None = None
+    tensor_parallel_size: Int64 | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     request_id: PlainId | None = None
@@ -119,6 +123,8 @@ class GenerationBody(Body):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=_given(self.skip_special_tokens, True),
+            priority=_given(self.priority, 0),
+            tensor_parallel_size=self.tensor_parallel_size,
         )
 
 
@@ -250,9 +256,31 @@ class DetokenizeRequest(Body):
 
 
 class LayoutRequest(Body):
-    """``POST /layout``."""
+    """``POST /layout``: a layout to go to, who chooses the next ones, or both.
 
-    layout: Name
+    Attributes:
+        strategy: of this switch; null: the server's ``--switch-strategy``.
+        policy: in force afterwards; null: ``static`` after a switch, since asking for a layout pins it.
+    """
+
+    # An option of an operator that is misspelled must not pass for one left out.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    layout: Name | None = None
+    strategy: SwitchStrategy | None = None
+    policy: PolicyField | None = None
+
+    @model_validator(mode="after")
+    def _check_something_is_asked_for(self) -> Self:
+        if self.layout is None and self.strategy is not None:
+            reason = (
+                "strategy is how one switch is made: give the layout to go to with it, or leave it out; "
+                "--switch-strategy sets the default when the server starts"
+            )
+            raise InvalidRequestError(reason, param="strategy")
+        if self.layout is None and self.policy is None:
+            raise InvalidRequestError("give a layout to go to (2+2), or a policy (auto or static)", param="layout")
+        return self
 
 
 def _given(value: T | None, default: T) -> T:

@@ -6,11 +6,17 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import pytest
 
+from fly_jax.async_engine import AsyncEngine
 from fly_jax.cli import main
+from fly_jax.config import EngineConfig
+from fly_jax.outputs import SwitchStrategy
 from tests.tiny_models import CASES, write_model
 
 TINY = ["--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--layouts", "2+2", "-O", "0"]
@@ -162,6 +168,80 @@ def test_an_environment_variable_that_is_no_number_is_one_line(
     line = error_line(capsys)
     assert variable in line
     assert "must be a whole number" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"layout": None, "policy": "auto", "switch_strategy": "migrate", "scheduling_policy": "priority"}),
+        (["--layout", "2+2", "--policy", "static"], {"layout": "2+2", "policy": "static"}),
+        (["--policy", "load_adaptive"], {"policy": "load_adaptive"}),
+        (["--switch-strategy", "hard_preempt"], {"switch_strategy": "hard_preempt"}),
+        (["--scheduling-policy", "fcfs"], {"scheduling_policy": "fcfs"}),
+    ],
+)
+def test_options_of_layouts_and_order_reach_the_engine(
+    arguments: list[str], expected: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[EngineConfig] = []
+    monkeypatch.setattr(AsyncEngine, "from_config", lambda config, _progress: configs.append(config))
+    monkeypatch.setattr("serving.run", _only_start)
+    monkeypatch.setattr("fly_jax.llm.LLM", lambda **options: NoLLM(configs, options))
+    assert main(["serve", str(folder), *arguments]) == 0
+    assert main(["generate", str(folder), "--prompt", "x", "--quiet", *arguments]) == 0
+    for config in configs:
+        assert {name: getattr(config, name) for name in expected} == expected
+        assert isinstance(config.switch_strategy, SwitchStrategy)
+    assert len(configs) == 2
+
+
+def _only_start(start_engine: Callable[[], object], _options: object) -> None:
+    start_engine()
+
+
+class NoLLM:
+    """Notes its options and generates nothing."""
+
+    def __init__(self, configs: list[EngineConfig], options: dict[str, Any]) -> None:
+        configs.append(EngineConfig(**{name: value for name, value in options.items() if name != "progress"}))
+
+    def __enter__(self) -> NoLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def generate(self, _prompts: object, _params: object) -> list[object]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        ("serve", "--policy", ("auto", "load_adaptive", "static")),
+        ("generate", "--policy", ("auto", "load_adaptive", "static")),
+        ("serve", "--switch-strategy", tuple(SwitchStrategy)),
+        ("demo", "--switch-strategy", tuple(SwitchStrategy)),
+        ("generate", "--scheduling-policy", ("priority", "fcfs")),
+    ],
+)
+def test_an_unknown_choice_is_one_line_with_those_there_are(
+    command: str, option: str, choices: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, *(["x"] if command != "demo" else []), option, "wrong"])
+    assert ended.value.code == 2
+    line = error_line(capsys)
+    assert option in line
+    assert all(choice in line for choice in choices)
+
+
+def test_the_help_says_how_to_pin_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert "'--layout 2+2 --policy static' pins a layout" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["convert"], ["demo"]])

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fly_jax.errors import ContextLengthError, EngineDeadError, InvalidRequestError, LayoutError, QueueFullError
+from fly_jax.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    LayoutError,
+    QueueFullError,
+)
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy, TokenLogprob
 from fly_jax.sampling_params import SamplingParams
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
 REPLY = "Hello, wörld! 🌍"
 LAYOUTS = ("1+1+1+1", "2+2", "4")
+WIDEST = 4
+HISTORY = 32
 PAUSE_SECONDS = 0.002
 
 
@@ -57,7 +68,10 @@ def prompt_logprob(token_id: int) -> float:
 
 
 class ScriptedEngine:
-    """Satisfies ``serving.EngineClient``. ``aborted``, ``params`` and ``finished`` say what happened to it."""
+    """Satisfies ``serving.EngineClient``. ``aborted``, ``params`` and ``finished`` say what happened to it.
+
+    ``can_adapt`` is False for an engine that has but one layout and so refuses the policy that needs several.
+    """
 
     vocab_size = VOCAB_SIZE
     model_name = "scripted"
@@ -68,6 +82,9 @@ class ScriptedEngine:
         self.max_num_queued_reqs = max_num_queued_reqs
         self.is_alive = True
         self.layout = LAYOUTS[0]
+        self.policy = "load_adaptive"
+        self.can_adapt = True
+        self.decisions: dict[str, int] = {}
         self.running = 0
         self.aborted: list[str] = []
         self.params: dict[str, SamplingParams] = {}
@@ -82,7 +99,7 @@ class ScriptedEngine:
     ) -> AsyncIterator[RequestDelta]:
         request_id = request_id or "unnamed"
         prompt = self.tokenizer.decode(prompt_token_ids)
-        self._admit(prompt, prompt_token_ids)
+        self._admit(prompt, prompt_token_ids, params)
         self.params[request_id] = params
         self.running += 1
         self.prompt_tokens += len(prompt_token_ids)
@@ -100,13 +117,16 @@ class ScriptedEngine:
             if not is_finished:
                 self.aborted.append(request_id)
 
-    def _admit(self, prompt: str, prompt_token_ids: Sequence[int]) -> None:
+    def _admit(self, prompt: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if not self.is_alive:
             raise EngineDeadError("the engine has stopped: the device was lost")
         if "@queue-full" in prompt:
             raise QueueFullError("64 requests are waiting, the most allowed: try again later")
         if "@crash-at-start" in prompt:
             raise RuntimeError("secret internals")
+        if (params.tensor_parallel_size or 1) > WIDEST:
+            reason = f"tensor_parallel_size {params.tensor_parallel_size} is wider than the widest group, {WIDEST}"
+            raise InvalidRequestError(reason, param="tensor_parallel_size")
         if len(prompt_token_ids) >= self.max_model_len:
             reason = f"the prompt has {len(prompt_token_ids)} tokens, the context holds {self.max_model_len}"
             raise ContextLengthError(reason, param="prompt")
@@ -161,19 +181,48 @@ class ScriptedEngine:
     async def abort(self, request_id: str) -> None:
         raise NotImplementedError("the server aborts by closing the stream")
 
-    async def switch(self, layout: str) -> SwitchReport:
+    async def switch(self, layout: str, strategy: str | None = None) -> SwitchReport:
+        return self.switch_now(layout, strategy)
+
+    def switch_now(self, layout: str, strategy: str | None = None) -> SwitchReport:
         if layout not in LAYOUTS:
             raise LayoutError(f"layout {layout!r} does not fit 4 devices: choose one of {', '.join(LAYOUTS)}")
-        report = SwitchReport(self.layout, layout, SwitchStrategy.SEQUENTIAL, drain_seconds=0.25, cutover_seconds=0.01)
-        self.layout = layout
+        report = SwitchReport(
+            number=len(self.switch_reports) + 1,
+            source=self.layout,
+            target=layout,
+            strategy=SwitchStrategy(strategy or SwitchStrategy.MIGRATE),
+            drain_seconds=0.25,
+            precopy_seconds=0.125,
+            cutover_seconds=0.01,
+            worst_gap_seconds=0.5,
+            kv_bytes_moved=4096,
+            tokens_recomputed=3,
+        )
+        self.layout, self.policy = layout, "static"
         self.switch_reports.append(report)
         return report
+
+    def outgrow_last_gap(self, seconds: float) -> None:
+        """A stream that the last switch held up goes on only now."""
+        self.switch_reports[-1] = dataclasses.replace(self.switch_reports[-1], worst_gap_seconds=seconds)
+
+    async def set_policy(self, policy: str) -> str:
+        if policy != "static" and not self.can_adapt:
+            raise ConfigError("policy auto needs more than one layout: start again with more --layouts")
+        self.policy = "static" if policy == "static" else "load_adaptive"
+        return self.policy
 
     async def stats(self) -> EngineStats:
         return EngineStats(
             layout=self.layout,
             target_layout=None,
+            policy=self.policy,
+            strategy=SwitchStrategy.MIGRATE,
+            last_decision=next(reversed(self.decisions), None),
+            decisions=dict(self.decisions),
             running=self.running,
+            paused=2,
             waiting=0,
             kv_usage=0.125,
             free_blocks=(7, 7, 7, 7),
@@ -183,8 +232,10 @@ class ScriptedEngine:
             generation_tokens=self.generated_tokens,
             requests_finished=dict(self.finished),
             preemptions=0,
-            switches=len(self.switch_reports),
-            last_switch=self.switch_reports[-1] if self.switch_reports else None,
+            switches=dict(Counter(str(report.strategy) for report in self.switch_reports)),
+            switch_history=tuple(self.switch_reports[-HISTORY:]),
+            switch_tokens_recomputed=sum(report.tokens_recomputed for report in self.switch_reports),
+            switch_kv_bytes_moved=sum(report.kv_bytes_moved for report in self.switch_reports),
             executables=1,
             compile_seconds=0.0,
             compiles_after_warmup=0,

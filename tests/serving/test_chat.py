@@ -56,6 +56,15 @@ def test_without_a_limit_the_context_is_the_limit(http: httpx.Client, engine: Sc
     assert _params(engine, "no-limit").max_tokens is None
 
 
+def test_placement_fields_reach_the_engine(http: httpx.Client, engine: ScriptedEngine) -> None:
+    body = {"messages": HI, "request_id": "placed", "priority": 5, "tensor_parallel_size": 4}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert (_params(engine, "placed").priority, _params(engine, "placed").tensor_parallel_size) == (5, 4)
+    nulls = {"messages": HI, "request_id": "unplaced", "priority": None, "tensor_parallel_size": None}
+    assert http.post("/v1/chat/completions", json=nulls).status_code == 200
+    assert (_params(engine, "unplaced").priority, _params(engine, "unplaced").tensor_parallel_size) == (0, None)
+
+
 def test_the_newer_limit_wins(http: httpx.Client) -> None:
     body = {"messages": HI, "max_tokens": 5, "max_completion_tokens": 3}
     answer = http.post("/v1/chat/completions", json=body).json()

@@ -15,7 +15,7 @@ ALL_NULL: dict[str, None] = dict.fromkeys(
         "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
         "min_tokens", "skip_special_tokens", "stream", "stream_options", "request_id", "user", "logprobs",
         "prompt_logprobs", "echo", "add_special_tokens", "best_of", "logit_bias", "suffix", "presence_penalty",
-        "frequency_penalty", "repetition_penalty", "response_format", "priority", "cache_salt",
+        "frequency_penalty", "repetition_penalty", "response_format", "priority", "tensor_parallel_size", "cache_salt",
     ]
 )  # fmt: skip
 
@@ -108,6 +108,7 @@ def test_sampling_fields_reach_the_engine(http: httpx.Client, engine: ScriptedEn
     fields = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "max_tokens": 9, "min_tokens": 2,
         "ignore_eos": True, "skip_special_tokens": False, "stop_token_ids": [10], "logprobs": 2,
+        "priority": -3, "tensor_parallel_size": 2,
     }  # fmt: skip
     body = {"prompt": "hi", "stop": ["@@", "##"], "request_id": "fields-test", **fields}
     answer = http.post("/v1/completions", json=body)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fly_jax import AsyncEngine
-from fly_jax.outputs import EngineStats
+from fly_jax.outputs import EngineStats, SwitchStrategy
 from tests.serving.live import LiveServer, eventually, live_server
 from tests.support import small_config
 from tests.tiny_models import CASES, write_model
@@ -22,7 +22,7 @@ LAYOUTS = ("1+1+1+1", "2+2", "4")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncEngine]:
     folder = tmp_path_factory.mktemp("tiny-llama")
     write_model(folder, {**CASES["llama_gqa_tied"], "max_position_embeddings": 512})
-    engine = AsyncEngine.from_config(small_config(folder, layouts=LAYOUTS, max_num_queued_reqs=64))
+    engine = AsyncEngine.from_config(small_config(folder, layouts=LAYOUTS, policy="static", max_num_queued_reqs=64))
     yield engine
     engine.close()
 
@@ -43,16 +43,34 @@ def stats_are_idle(stats: EngineStats) -> bool:
     return stats.running == stats.waiting == 0 and stats.free_blocks == (stats.num_blocks,) * 4
 
 
-def test_completions_are_the_same_in_every_layout_and_while_it_changes(server: LiveServer) -> None:
+@pytest.mark.parametrize("strategy", list(SwitchStrategy))
+def test_completions_are_the_same_in_every_layout_and_while_it_changes(
+    server: LiveServer, strategy: SwitchStrategy
+) -> None:
     prompts = [f"prompt {index} " * (index + 1) for index in range(8)]
     expected = [complete(server, prompt) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
         for layout in (*LAYOUTS[1:], LAYOUTS[0]):
             answers = [pool.submit(complete, server, prompt) for prompt in prompts]
-            report = server.http.post("/layout", json={"layout": layout}).raise_for_status().json()
-            assert report["target"] == layout
+            body = {"layout": layout, "strategy": strategy}
+            report = server.http.post("/layout", json=body).raise_for_status().json()
+            assert (report["target"], report["strategy"], report["policy"]) == (layout, strategy, "static")
             assert [answer.result() for answer in answers] == expected
     assert server.http.get("/layout").json()["layout"] == LAYOUTS[0]
+
+
+def test_the_layout_is_handed_to_the_policy_and_taken_back(server: LiveServer, engine: AsyncEngine) -> None:
+    before = complete(server, "hand over")
+    given = server.http.post("/layout", json={"policy": "auto"}).raise_for_status().json()
+    assert given["policy"] == server.http.get("/layout").json()["policy"] == "load_adaptive"
+    assert complete(server, "hand over") == before
+    taken = server.http.post("/layout", json={"layout": LAYOUTS[0], "policy": "static"}).raise_for_status().json()
+    assert (taken["target"], taken["policy"], engine.layout) == (LAYOUTS[0], "static", LAYOUTS[0])
+
+
+def test_a_width_that_no_group_has_is_refused_by_name(server: LiveServer) -> None:
+    answer = server.http.post("/v1/completions", json={"prompt": "wide", "tensor_parallel_size": 8})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tensor_parallel_size")
 
 
 def test_a_stream_adds_up_to_the_whole_answer(server: LiveServer) -> None:

@@ -42,7 +42,10 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ("stream_options", {"include_usage": True}), ("request_id", "x" * 300), ("request_id", "a\nb"),
         ("request_id", ""), ("request_id", "\ud800"),
         ("user", 5), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.2),
-        ("logit_bias", {"5": 1}), ("best_of", 2), ("suffix", "end"), ("priority", 1), ("cache_salt", "s"),
+        ("logit_bias", {"5": 1}), ("best_of", 2), ("suffix", "end"), ("cache_salt", "s"),
+        ("priority", "high"), ("priority", 1.5), ("priority", 2**31), ("priority", -(2**31)), ("priority", 2**70),
+        ("tensor_parallel_size", 0), ("tensor_parallel_size", -2), ("tensor_parallel_size", 3),
+        ("tensor_parallel_size", 8), ("tensor_parallel_size", "wide"), ("tensor_parallel_size", 2**70),
         ("response_format", {"type": "json_object"}), ("guided_json", {}), ("use_beam_search", True),
         ("echo", "perhaps"), ("prompt_embeds", "abc"),
     ],
@@ -86,6 +89,10 @@ def test_a_bad_completion_field_is_named(http: httpx.Client, field: str, value: 
         ("max_completion_tokens", 0, "max_tokens"),
         ("echo", True, "echo"),
         ("reasoning_effort", "high", "reasoning_effort"),
+        ("priority", [], "priority"),
+        ("priority", 10**12, "priority"),
+        ("tensor_parallel_size", 6, "tensor_parallel_size"),
+        ("tensor_parallel_size", 2.5, "tensor_parallel_size"),
     ],
 )
 def test_a_bad_chat_field_is_named(http: httpx.Client, field: str, value: Any, param: str) -> None:

@@ -106,13 +106,84 @@ def test_a_scrape_after_some_work(in_process: Client) -> None:
         ("vllm:inter_token_latency_seconds_count", ()): tokens - 1 + 4 + 4,
         ("vllm:e2e_request_latency_seconds_count", ()): 3,
         ("fly:layout_info", (("layout", "4"),)): 1,
-        ("fly:switches_total", ()): 1,
-        ("fly:switch_drain_seconds", ()): 0.25,
-        ("fly:switch_cutover_seconds", ()): 0.01,
+        ("fly:policy_info", (("policy", "static"),)): 1,
+        ("fly:num_requests_paused", ()): 2,
+        ("fly:switches_total", (("strategy", "migrate"),)): 1,
+        ("fly:switches_total", (("strategy", "sequential"),)): 0,
+        ("fly:switches_total", (("strategy", "soft_preempt"),)): 0,
+        ("fly:switches_total", (("strategy", "hard_preempt"),)): 0,
+        ("fly:switch_tokens_recomputed_total", ()): 3,
+        ("fly:switch_kv_bytes_moved_total", ()): 4096,
+        ("fly:last_switch_drain_seconds", ()): 0.25,
+        ("fly:last_switch_precopy_seconds", ()): 0.125,
+        ("fly:last_switch_cutover_seconds", ()): 0.01,
+        ("fly:last_switch_worst_gap_seconds", ()): 0.5,
+        ("fly:last_switch_kv_bytes_moved", ()): 4096,
+        ("fly:switch_cutover_seconds_count", ()): 1,
+        ("fly:switch_cutover_seconds_sum", ()): 0.01,
+        ("fly:switch_cutover_seconds_bucket", (("le", "0.005"),)): 0,
+        ("fly:switch_cutover_seconds_bucket", (("le", "0.01"),)): 1,
         ("fly:compiles_after_warmup", ()): 0,
     }
     assert {key: samples.get(key) for key in expected} == expected
     assert samples["vllm:time_to_first_token_seconds_sum", ()] <= samples["vllm:e2e_request_latency_seconds_sum", ()]
+
+
+def scrapes(in_process: Client, engine: ScriptedEngine, *between: Callable[[], object]) -> list[Samples]:
+    """A scrape at the start and one after each thing that happens."""
+
+    async def work() -> list[str]:
+        async with in_process(engine) as client:
+            texts = [(await client.get("/metrics")).text]
+            for happen in between:
+                happen()
+                texts.append((await client.get("/metrics")).text)
+            return texts
+
+    return [samples_of(text) for text in asyncio.run(work())]
+
+
+def test_before_the_first_switch_there_are_counts_and_no_last_one(in_process: Client) -> None:
+    [samples] = scrapes(in_process, ScriptedEngine())
+    assert samples["fly:policy_info", (("policy", "load_adaptive"),)] == 1
+    assert samples["fly:switches_total", (("strategy", "migrate"),)] == 0
+    assert samples["fly:switch_cutover_seconds_count", ()] == 0
+    assert not [name for name, _ in samples if name.startswith("fly:last_switch")]
+    assert not [name for name, _ in samples if name.startswith("fly:layout_decisions")]
+
+
+def test_each_switch_is_observed_once_however_often_it_is_scraped(in_process: Client) -> None:
+    engine = ScriptedEngine()
+
+    def switch() -> None:
+        engine.switch_now("2+2")
+
+    def switch_twice() -> None:
+        switch()
+        switch()
+
+    def wait() -> None:
+        pass
+
+    found = scrapes(in_process, engine, switch, wait, switch_twice, wait)
+    assert [samples["fly:switch_cutover_seconds_count", ()] for samples in found] == [0, 1, 1, 3, 3]
+
+
+def test_the_worst_gap_of_the_last_switch_may_grow(in_process: Client) -> None:
+    engine = ScriptedEngine()
+    engine.switch_now("2+2")
+    before, after = scrapes(in_process, engine, lambda: engine.outgrow_last_gap(1.75))
+    key = ("fly:last_switch_worst_gap_seconds", ())
+    assert (before[key], after[key]) == (0.5, 1.75)
+    assert after["fly:switch_cutover_seconds_count", ()] == 1
+
+
+def test_decisions_of_the_policy_are_counted_by_name(in_process: Client) -> None:
+    engine = ScriptedEngine()
+    engine.decisions = {"wider": 2, "narrower": 1}
+    [samples] = scrapes(in_process, engine)
+    assert samples["fly:layout_decisions_total", (("decision", "wider"),)] == 2
+    assert samples["fly:layout_decisions_total", (("decision", "narrower"),)] == 1
 
 
 def test_applications_count_apart(in_process: Client) -> None:
