@@ -1,0 +1,1 @@
+"""``python -m fly_jax.bench``: what serving, and switching while serving, costs."""

@@ -1,0 +1,58 @@
+"""The benchmark command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fly_jax.bench import switch
+from fly_jax.errors import FlyJaxError
+from fly_jax.outputs import SwitchStrategy
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one benchmark; returns the exit code, 2 for anything that the user can mend."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return int(options.command(options))
+    except FlyJaxError as error:
+        print(f"fly_jax.bench: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fly_jax.bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_switch(commands.add_parser("switch", help="what each way of changing the layout costs streams in flight"))
+    return parser
+
+
+def _add_switch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Keeps streams in flight, changes the layout under them with each strategy, and prints what that cost: "
+        "between every two uniform layouts and two mixed ones, or between those given by --switch."
+    )
+    parser.set_defaults(command=switch.run)
+    parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the bundled demo model)")
+    parser.add_argument("--devices", type=int, default=8, help="devices; on CPU that many virtual ones (8)")
+    parser.add_argument("--streams", type=int, default=16, help="requests in flight at each switch (16)")
+    parser.add_argument("--repeat", type=int, default=3, help="times that each switch is made (3)")
+    parser.add_argument(
+        "--switch", action="append", metavar="FROM,TO", help="only this switch, such as dp8,4+2+2; may be repeated"
+    )
+    parser.add_argument(
+        "--strategy", action="append", choices=tuple(SwitchStrategy), help="only this one; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts' lengths (0)")
+    parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
+    parser.add_argument("--result-dir", type=Path, default=Path("bench/results"), help="where to (bench/results)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

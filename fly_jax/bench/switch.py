@@ -1,0 +1,307 @@
+"""``switch``: every strategy side by side, with streams in flight."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import queue
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fly_jax.bench import results
+from fly_jax.config import EngineConfig
+from fly_jax.errors import ConfigError, EngineDeadError, LayoutError
+from fly_jax.layout import Layout
+from fly_jax.outputs import RequestDelta, SwitchReport, SwitchStrategy
+from fly_jax.platform import configure_devices
+from fly_jax.progress import LoadProgress
+from fly_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from fly_jax.engine_thread import EngineThread
+
+# Tokens that every stream has when the layout changes, and at least as many follow.
+TOKENS_BEFORE = 24
+TOKENS_AFTER = 24
+PROMPT_TOKENS = (16, 96)
+TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    source: str
+    target: str
+    strategy: SwitchStrategy
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One switch under load. Times in milliseconds.
+
+    Attributes:
+        newcomer_ttft_ms: of a request that arrives with the switch.
+        total_ms: from the wish to all running streams going on.
+        gap_before_ms, gap_after_ms: median gap between the tokens of a stream in either layout.
+        worst_gap_ms: the longest that any stream waited for a token across the switch.
+    """
+
+    drain_ms: float
+    precopy_ms: float
+    cutover_ms: float
+    total_ms: float
+    worst_gap_ms: float
+    gap_before_ms: float
+    gap_after_ms: float
+    newcomer_ttft_ms: float
+    kv_bytes_moved: int
+    kv_bytes_precopied: int
+    weight_bytes_moved: int
+    tokens_recomputed: int
+    requests_moved: int
+    requests_paused: int
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints.
+
+    Raises:
+        ConfigError, LayoutError: an option is wrong; one line that says what to do.
+    """
+    if min(options.streams, options.repeat, options.devices) < 1:
+        raise ConfigError("--streams, --repeat and --devices must be at least 1")
+    cases = _cases(options)
+    configure_devices(options.devices)
+    console = Console(width=None if Console().is_terminal else 160)
+    measured: dict[Case, list[Outcome]] = defaultdict(list)
+    with _Bench(options, _layouts(cases)) as bench:
+        rounds = [case for _ in range(options.repeat) for case in cases]
+        for case in track(rounds, "switching", console=Console(stderr=True)):
+            measured[case].append(bench.measure(case))
+        relayout_ms = bench.relayout_ms()
+    _print(console, measured, relayout_ms, options)
+    if options.save_result:
+        result = {"model": str(options.model or "demo"), "streams": options.streams, "repeat": options.repeat}
+        rows = [{**asdict(case), "runs": [asdict(each) for each in runs]} for case, runs in measured.items()]
+        path = results.save(options.result_dir, "switch", {**result, "relayout_ms": relayout_ms, "switches": rows})
+        console.print(f"written to {path}")
+    return 0
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    strategies = [SwitchStrategy(name) for name in options.strategy or SwitchStrategy]
+    if options.switch:
+        pairs = [_pair(text, options.devices) for text in options.switch]
+    else:
+        pairs = default_pairs(options.devices)
+    if not pairs:
+        raise ConfigError("one device has one layout: give --devices 2 or more")
+    return [Case(source, target, strategy) for source, target in pairs for strategy in strategies]
+
+
+def _pair(text: str, devices: int) -> tuple[str, str]:
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise LayoutError(f"--switch {text} is not understood: write FROM,TO such as dp{devices},tp{devices}")
+    return str(Layout.parse(parts[0], devices)), str(Layout.parse(parts[1], devices))
+
+
+def default_pairs(devices: int) -> list[tuple[str, str]]:
+    """Every two uniform layouts, and half the devices as one group against the rest on their own."""
+    degrees = [1 << power for power in range(devices.bit_length()) if devices % (1 << power) == 0]
+    uniform = [str(Layout.parse(f"tp{degree}", devices)) for degree in degrees]
+    pairs = list(itertools.permutations(uniform, 2))
+    if devices >= 4:
+        mixed = str(Layout((devices // 2, *[1] * (devices // 2))))
+        pairs += [(uniform[0], mixed), (mixed, uniform[-1])]
+    return pairs
+
+
+def _layouts(cases: Iterable[Case]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for case in cases for text in (case.source, case.target)))
+
+
+class _Stream:
+    """One request's deltas, with the time of each token."""
+
+    def __init__(self, arrivals: queue.SimpleQueue[_Stream | EngineDeadError]) -> None:
+        self.times: list[float] = []
+        self.finished = False
+        self._arrivals = arrivals
+
+    def __call__(self, delta: RequestDelta | EngineDeadError) -> None:
+        if isinstance(delta, EngineDeadError):
+            self._arrivals.put(delta)
+            return
+        self.times += [time.perf_counter()] * len(delta.token_ids)
+        self.finished = delta.finish_reason is not None
+        self._arrivals.put(self)
+
+    def gaps(self, start: float, end: float) -> list[float]:
+        inside = [at for at in self.times if start <= at <= end]
+        return [1e3 * (after - before) for before, after in itertools.pairwise(inside)]
+
+
+class _Bench:
+    """An engine, and loads for it."""
+
+    def __init__(self, options: argparse.Namespace, layouts: Sequence[str]) -> None:
+        self._streams, self._random = options.streams, random.Random(options.seed)
+        self._config = EngineConfig(
+            model=options.model or demo_model(),
+            devices=options.devices,
+            layouts=tuple(layouts),
+            policy="static",
+            max_num_seqs=max(1, -(-(options.streams + 1) // options.devices)) * 2,
+        )
+        self._names = itertools.count()
+
+    def __enter__(self) -> _Bench:
+        from fly_jax.engine import Engine
+        from fly_jax.engine_thread import EngineThread
+        from fly_jax.loader import load_model
+
+        with LoadProgress(enabled=True) as bar:
+            self._model = load_model(self._config, bar.report)
+        self._thread: EngineThread = EngineThread(Engine(self._model))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def relayout_ms(self) -> dict[str, float]:
+        """One launch of each relayout program, as measured at warm-up."""
+        seconds = self._model.runner.executables.step_seconds
+        return {str(key): 1e3 * each for key, each in seconds.items() if key.splits is not None}
+
+    def measure(self, case: Case) -> Outcome:
+        self._thread.switch(case.source, SwitchStrategy.MIGRATE).result(TIMEOUT_SECONDS)
+        arrivals: queue.SimpleQueue[_Stream | EngineDeadError] = queue.SimpleQueue()
+        streams = [self._start(arrivals, TOKENS_BEFORE + TOKENS_AFTER + 4 * index) for index in range(self._streams)]
+        _take_until(arrivals, lambda: all(len(stream.times) >= TOKENS_BEFORE for stream in streams))
+        asked = time.perf_counter()
+        wish = self._thread.switch(case.target, case.strategy)
+        newcomer = self._start(arrivals, TOKENS_AFTER)
+        number = wish.result(TIMEOUT_SECONDS).number
+        done = time.perf_counter()
+        _take_until(arrivals, lambda: newcomer.finished and all(stream.finished for stream in streams))
+        history = self._thread.stats().result(TIMEOUT_SECONDS).switch_history
+        report = next(each for each in history if each.number == number)
+        before = [gap for stream in streams for gap in stream.gaps(streams[0].times[0], asked)]
+        after = [gap for stream in (*streams, newcomer) for gap in stream.gaps(done, float("inf"))]
+        return _outcome(report, before, after, 1e3 * (newcomer.times[0] - asked), 1e3 * (done - asked))
+
+    def _start(self, arrivals: queue.SimpleQueue[_Stream | EngineDeadError], tokens: int) -> _Stream:
+        stream = _Stream(arrivals)
+        prompt = [self._random.randrange(self._model.plan.model_config.vocab_size) for _ in range(self._length())]
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0)
+        self._thread.submit(f"bench-{next(self._names)}", prompt, params, stream, bounded=False).result(TIMEOUT_SECONDS)
+        return stream
+
+    def _length(self) -> int:
+        return self._random.randint(*PROMPT_TOKENS)
+
+
+def demo_model() -> Path:
+    """The bundled model's folder."""
+    import checkpoints.demo
+
+    return Path(checkpoints.demo.__file__).parent / "model"
+
+
+def _take_until(arrivals: queue.SimpleQueue[_Stream | EngineDeadError], done: Any) -> None:
+    while not done():
+        item = arrivals.get(timeout=TIMEOUT_SECONDS)
+        if isinstance(item, EngineDeadError):
+            raise item
+
+
+def _outcome(
+    report: SwitchReport, before: list[float], after: list[float], newcomer_ttft_ms: float, total_ms: float
+) -> Outcome:
+    return Outcome(
+        drain_ms=1e3 * report.drain_seconds,
+        precopy_ms=1e3 * report.precopy_seconds,
+        cutover_ms=1e3 * report.cutover_seconds,
+        total_ms=total_ms,
+        worst_gap_ms=1e3 * report.worst_gap_seconds,
+        gap_before_ms=statistics.median(before),
+        gap_after_ms=statistics.median(after) if after else 0.0,
+        newcomer_ttft_ms=newcomer_ttft_ms,
+        kv_bytes_moved=report.kv_bytes_moved + report.kv_bytes_adopted,
+        kv_bytes_precopied=report.kv_bytes_precopied,
+        weight_bytes_moved=report.weight_bytes_moved,
+        tokens_recomputed=report.tokens_recomputed,
+        requests_moved=report.requests_moved,
+        requests_paused=report.requests_paused,
+    )
+
+
+def _median(outcomes: Sequence[Outcome]) -> Outcome:
+    values = {
+        field.name: statistics.median(getattr(each, field.name) for each in outcomes) for field in fields(Outcome)
+    }
+    return Outcome(**values)
+
+
+def _print(
+    console: Console,
+    measured: dict[Case, list[Outcome]],
+    relayout_ms: dict[str, float],
+    options: argparse.Namespace,
+) -> None:
+    title = f"{options.streams} streams, {options.devices} devices, median of {options.repeat}; times in ms"
+    table = Table(title=title)
+    for heading in ("switch", "strategy"):
+        table.add_column(heading)
+    for heading in ("drain", "ahead", "cutover", "worst gap", "/ median", "newcomer", "total", "KV MB", "recomputed"):
+        table.add_column(heading, justify="right")
+    last: tuple[str, str] | None = None
+    for case, outcomes in measured.items():
+        each, pair = _median(outcomes), (case.source, case.target)
+        usual = max(each.gap_before_ms, each.gap_after_ms)
+        table.add_row(
+            f"{_short(case.source)} -> {_short(case.target)}" if pair != last else "",
+            str(case.strategy),
+            *(f"{value:.1f}" for value in (each.drain_ms, each.precopy_ms, each.cutover_ms, each.worst_gap_ms)),
+            f"{each.worst_gap_ms / usual:.1f}",
+            *(f"{value:.1f}" for value in (each.newcomer_ttft_ms, each.total_ms)),
+            f"{each.kv_bytes_moved / 1e6:.1f}",
+            f"{each.tokens_recomputed:.0f}",
+            end_section=case.strategy is SwitchStrategy.HARD_PREEMPT,
+        )
+        last = pair
+    console.print(table)
+    _print_summary(console, measured, relayout_ms)
+    console.print(
+        "ahead: KV copied while the old groups go on; / median: worst gap over the larger of the two layouts' median "
+        "gaps; newcomer: time to first token of a request that arrives with the switch"
+    )
+
+
+def _print_summary(console: Console, measured: dict[Case, list[Outcome]], relayout_ms: dict[str, float]) -> None:
+    for strategy in SwitchStrategy:
+        runs = [each for case, outcomes in measured.items() if case.strategy is strategy for each in outcomes]
+        if runs:
+            cutovers = [each.cutover_ms for each in runs]
+            console.print(
+                f"{strategy}: cutover median {statistics.median(cutovers):.2f} ms, slowest {max(cutovers):.2f} ms, "
+                f"worst gap median {statistics.median(each.worst_gap_ms for each in runs):.1f} ms over {len(runs)} "
+                f"switches; {sum(each.weight_bytes_moved for each in runs)} weight bytes moved"
+            )
+    console.print(f"one relayout launch: {statistics.median(relayout_ms.values()):.2f} ms")
+
+
+def _short(layout: str) -> str:
+    """``1+1+1+1+1+1+1+1`` as ``8x1``."""
+    runs = [(degree, len(list(group))) for degree, group in itertools.groupby(layout.split("+"))]
+    return "+".join(degree if count == 1 else f"{count}x{degree}" for degree, count in runs)
