@@ -66,4 +66,4 @@ def test_the_python_example_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "SwitchReport(source='1+1+1+1', target='4'" in done.stdout
+    assert "SwitchReport(number=1, source='1+1+1+1', target='4'" in done.stdout

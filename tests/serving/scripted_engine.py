@@ -198,6 +198,7 @@ class ScriptedEngine:
             worst_gap_seconds=0.5,
             kv_bytes_moved=4096,
             tokens_recomputed=3,
+            settled=True,
         )
         self.layout, self.policy = layout, "static"
         self.switch_reports.append(report)

@@ -43,11 +43,14 @@ REPORT = {
     "weight_bytes_moved": 0,
     "requests_moved": 0,
     "requests_paused": 0,
+    "requests_adopted": 0,
+    "kv_bytes_adopted": 0,
     "kv_bytes_moved": 4096,
     "kv_bytes_precopied": 0,
     "kv_blocks_moved": 0,
     "tokens_recomputed": 3,
     "requests_waiting": 0,
+    "settled": True,
 }
 
 

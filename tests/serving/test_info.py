@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
 import httpx
@@ -167,6 +168,19 @@ def test_each_switch_is_observed_once_however_often_it_is_scraped(in_process: Cl
 
     found = scrapes(in_process, engine, switch, wait, switch_twice, wait)
     assert [samples["fly:switch_cutover_seconds_count", ()] for samples in found] == [0, 1, 1, 3, 3]
+
+
+def test_a_switch_is_observed_when_it_has_settled(in_process: Client) -> None:
+    engine = ScriptedEngine()
+    engine.switch_now("2+2")
+    settled = engine.switch_reports[-1]
+    engine.switch_reports[-1] = dataclasses.replace(settled, settled=False)
+
+    def settle() -> None:
+        engine.switch_reports[-1] = settled
+
+    found = scrapes(in_process, engine, settle)
+    assert [samples["fly:switch_cutover_seconds_count", ()] for samples in found] == [0, 1]
 
 
 def test_the_worst_gap_of_the_last_switch_may_grow(in_process: Client) -> None:
