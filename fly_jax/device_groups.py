@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fly_jax.layout import DeviceGroup, all_groups
@@ -41,14 +40,6 @@ class DeviceMeshes:
 
     def replicated(self, group: DeviceGroup) -> NamedSharding:
         return self.sharding(group, PartitionSpec())
-
-    def by_rank(self, group: DeviceGroup) -> NamedSharding:
-        """First axis split over the ranks."""
-        return self.sharding(group, PartitionSpec(TP_AXIS, None))
-
-    def put(self, group: DeviceGroup, rows: np.ndarray) -> Array:
-        """Uploads ``rows [ranks, ...]``, one row to each rank."""
-        return jax.device_put(rows, self.by_rank(group))
 
     def _mesh(self, group: DeviceGroup) -> Mesh:
         return Mesh(np.array(self.ranked(group)), (TP_AXIS,))

@@ -17,7 +17,7 @@ from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
 from fly_jax.models.config import ModelConfig, read_json, serving_dtype
 from fly_jax.models.sharding import ModelSpec, model_spec
-from fly_jax.platform import host_memory_bytes
+from fly_jax.platform import host_memory_bytes, start_devices
 from fly_jax.tokenizer import Tokenizer
 
 # Without an accelerator's memory to fill, the pools hold this many full contexts a device, within a share of the host.
@@ -86,7 +86,7 @@ def _model_folder(path: Path) -> Path:
 
 
 def _devices(config: EngineConfig) -> tuple[jax.Device, ...]:
-    present = jax.devices()
+    present = start_devices()
     count = config.devices or len(present)
     if count > len(present):
         raise ConfigError(f"{count} devices asked for but {len(present)} are present: lower --devices")

@@ -8,7 +8,7 @@ old groups go on; only what was written since then moves at the cutover.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from fly_jax.group_scheduler import GroupScheduler
 from fly_jax.kv_cache import BlockTable, KVCacheManager
 from fly_jax.layout import DeviceGroup
 from fly_jax.placement import Placement
-from fly_jax.relayout_plan import HeadSplits, SlabMove, slab_moves, slab_tokens
+from fly_jax.relayout_plan import HeadSplits, PackedRelayout, SlabMove, slab_moves, slab_tokens
 from fly_jax.request import Request, RequestState
 
 
@@ -29,10 +29,17 @@ class KVMover(Protocol):
 
     chunk_slabs: int
 
-    def relayout(
-        self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: dict[int, int]
-    ) -> int:
-        """Starts moving slabs inside a group's devices; returns the bytes moved."""
+    def pack_relayout(
+        self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: Mapping[int, int]
+    ) -> PackedRelayout:
+        """Makes moves of slabs inside a group's devices ready.
+
+        Args:
+            token_devices: slot -> device that holds its latest token; every device of the group then has it.
+        """
+
+    def relayout(self, packed: PackedRelayout) -> None:
+        """Starts the moves, without waiting."""
 
 
 @dataclass(slots=True)
@@ -76,12 +83,9 @@ class _Launches:
         default_factory=lambda: defaultdict(dict)
     )
 
-    def start(self, mover: KVMover) -> int:
-        keys = {*self.moves, *self.token_devices}
-        return sum(
-            mover.relayout(group, splits, self.moves[group, splits], self.token_devices[group, splits])
-            for group, splits in sorted(keys)
-        )
+    def pack(self, mover: KVMover) -> list[PackedRelayout]:
+        programs = sorted({*self.moves, *self.token_devices})
+        return [mover.pack_relayout(*each, self.moves[each], self.token_devices[each]) for each in programs]
 
 
 class Migration:
@@ -113,7 +117,7 @@ class Migration:
         self._moved: set[Request] = set()
         self._copies: dict[Request, _Copy] = {}
         self._reserved: Counter[DeviceGroup] = Counter()
-        self._planned: _Launches | None = None
+        self._planned: list[PackedRelayout] | None = None
 
     # -- while the old groups go on ---------------------------------------------------------------------------
 
@@ -153,9 +157,7 @@ class Migration:
                 lanes += pairs
                 launches.moves[_program(copy)].extend(moves)
                 copy.copied += slab
-        moved = launches.start(self.mover)
-        self.totals.bytes_moved += moved
-        self.totals.bytes_ahead += moved
+        self.totals.bytes_ahead += self._launch(launches.pack(self.mover))
 
     @property
     def slabs_ahead(self) -> int:
@@ -167,7 +169,7 @@ class Migration:
         return max(slabs.values(), default=0)
 
     def plan(self, requests: Sequence[Request]) -> None:
-        """Gives the requests their places and lists what is left to move, for a cutover at this step boundary.
+        """Gives the requests their places and packs what is left to move, for a cutover at this step boundary.
 
         Called before the last old step is launched: the devices compute, and the cutover has only to launch.
         """
@@ -284,20 +286,29 @@ class Migration:
             key=lambda target: (target.group != home, -self.kv.free_blocks(target.group)),
         )
 
-    def _moves_left(self) -> _Launches:
+    def _moves_left(self) -> list[PackedRelayout]:
         """What is left to move of all that have a place."""
         launches = _Launches()
         for copy in self._copies.values():
             source, program = copy.request.held_table, _program(copy)
             launches.moves[program].extend(self._moves(copy, range(copy.copied, copy.request.num_computed)))
             launches.token_devices[program][copy.request.slot] = source.group.start
-        return launches
+        return launches.pack(self.mover)
+
+    def _launch(self, packed: Iterable[PackedRelayout]) -> int:
+        """Starts moves; returns their bytes."""
+        moved = 0
+        for each in packed:
+            self.mover.relayout(each)
+            moved += each.num_bytes
+        self.totals.bytes_moved += moved
+        return moved
 
     def _move(self) -> set[Request]:
         """Launches what is left to move of all that have a place, and hands them to their new groups."""
-        launches = self._moves_left() if self._planned is None else self._planned
+        packed = self._moves_left() if self._planned is None else self._planned
         copies, self._planned = list(self._copies.values()), None
-        self.totals.bytes_moved += launches.start(self.mover)
+        self._launch(packed)
         for copy in copies:
             self.totals.blocks_moved += copy.request.held_table.num_blocks * copy.request.held_table.group.size
             self.kv.release(copy.request.held_table)
@@ -328,7 +339,7 @@ class Migration:
             launches, program = _Launches(), _program(copy)
             launches.moves[program] = self._moves(copy, range(copy.copied, end))
             launches.token_devices[program][request.slot] = source.group.start
-            self.totals.bytes_moved += launches.start(self.mover)
+            self._launch(launches.pack(self.mover))
             self.kv.release_part(source, freed, free_to)
             copy.copied, freed = end, free_to
         self.totals.blocks_moved += source.num_blocks * source.group.size

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fly_jax.kv_cache import BlockTable, KVCacheSpec
 from fly_jax.layout import DeviceGroup
@@ -43,6 +43,22 @@ class SlabMove(NamedTuple):
 
     source: SlabPlace
     target: SlabPlace
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRelayout:
+    """Moves of KV inside one group's devices, ready to be launched.
+
+    Attributes:
+        group: its mesh carries the exchange.
+        num_bytes: what moves, slabs that stay on their device included.
+        uploads: the input of each launch, as whoever launches them has packed it.
+    """
+
+    group: DeviceGroup
+    splits: HeadSplits
+    num_bytes: int
+    uploads: tuple[Any, ...]
 
 
 def relayout_splits(group: DeviceGroup, base_tp: int) -> Iterator[HeadSplits]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fly_jax.group_scheduler import SchedulerLimits
 from fly_jax.layout import DeviceGroup, Layout, all_groups
-from fly_jax.relayout_plan import HeadSplits, SlabMove
+from fly_jax.relayout_plan import HeadSplits, PackedRelayout, SlabMove
 from fly_jax.request import Request
 from fly_jax.scheduler import Scheduler
 from tests.fly_jax.builders import make_kv, make_request
@@ -18,14 +18,17 @@ class NoMover:
 
     chunk_slabs = 16
 
-    def relayout(
+    def pack_relayout(
         self,
-        group: DeviceGroup,  # noqa: ARG002  a mover's shape
-        splits: HeadSplits,  # noqa: ARG002
+        group: DeviceGroup,
+        splits: HeadSplits,
         moves: Sequence[SlabMove],
-        token_devices: Mapping[int, int],  # noqa: ARG002
-    ) -> int:
-        return len(moves)
+        token_devices: Mapping[int, int],  # noqa: ARG002  a mover's shape
+    ) -> PackedRelayout:
+        return PackedRelayout(group, splits, len(moves), ())
+
+    def relayout(self, packed: PackedRelayout) -> None:
+        """Moves nothing."""
 
 
 def make_scheduler(

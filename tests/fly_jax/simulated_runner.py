@@ -22,7 +22,7 @@ from fly_jax.group_scheduler import ScheduledRow, SchedulerLimits, StepPlan
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups
 from fly_jax.outputs import SwitchStrategy, TokenLogprob
-from fly_jax.relayout_plan import HeadSplits, SlabMove, SlabPlace, exchange_rounds
+from fly_jax.relayout_plan import HeadSplits, PackedRelayout, SlabMove, SlabPlace, exchange_rounds
 from fly_jax.request import Request
 from fly_jax.runner import RowResult
 
@@ -59,11 +59,9 @@ class SimulatedStep:
 
 
 @dataclass(frozen=True)
-class Relayout:
-    """One call of :meth:`SimulatedRunner.relayout`."""
+class Launch:
+    """One launch of a relayout."""
 
-    group: DeviceGroup
-    splits: HeadSplits
     moves: tuple[SlabMove, ...]
     token_devices: dict[int, int]
 
@@ -91,7 +89,7 @@ class SimulatedRunner:
         self.instant = instant
         self.executables = SimpleNamespace(step_seconds={})
         self.plans: list[StepPlan] = []
-        self.relayouts: list[Relayout] = []
+        self.relayouts: list[PackedRelayout] = []
         self.unread: list[SimulatedStep] = []
         self.kv, self._base_tp = kv, base_tp
         self._pools = np.full((num_devices, kv.num_blocks, kv.kv_heads * kv.base_block_size, 4), -1)
@@ -119,20 +117,26 @@ class SimulatedRunner:
         self.unread.remove(step)
         return step.results
 
-    def relayout(
+    def pack_relayout(
         self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: Mapping[int, int]
-    ) -> int:
-        self.relayouts.append(Relayout(group, splits, tuple(moves), dict(token_devices)))
-        for round_moves in list(exchange_rounds(moves, self.chunk_slabs)) or [[]]:
+    ) -> PackedRelayout:
+        rounds = list(exchange_rounds(moves, self.chunk_slabs)) or [[]]
+        uploads = tuple(Launch(tuple(each), dict(token_devices)) for each in rounds)
+        num_bytes = len(moves) * self.kv.slab_bytes(splits.source_tp, splits.target_tp)
+        return PackedRelayout(group, splits, num_bytes, uploads)
+
+    def relayout(self, packed: PackedRelayout) -> None:
+        self.relayouts.append(packed)
+        group, splits = packed.group, packed.splits
+        for launch in packed.uploads:
             # All reads come before all writes, as in the device program.
-            slabs = [self._slab(group, splits.source_tp, splits, move.source).copy() for move in round_moves]
-            for move, slab in zip(round_moves, slabs, strict=True):
+            slabs = [self._slab(group, splits.source_tp, splits, move.source).copy() for move in launch.moves]
+            for move, slab in zip(launch.moves, slabs, strict=True):
                 self._slab(group, splits.target_tp, splits, move.target)[:] = slab
-            latest = {slot: self._tokens[device, slot] for slot, device in token_devices.items()}
-            assert set(token_devices.values()) <= set(group.device_indices)
+            latest = {slot: self._tokens[device, slot] for slot, device in launch.token_devices.items()}
+            assert set(launch.token_devices.values()) <= set(group.device_indices)
             for slot, token in latest.items():
                 self._tokens[group.device_indices, slot] = token
-        return len(moves) * self.kv.slab_bytes(splits.source_tp, splits.target_tp)
 
     def _slab(self, group: DeviceGroup, tp: int, splits: HeadSplits, place: SlabPlace) -> np.ndarray:
         """A slab's records ``[heads, tokens, 4]``, as a view of the pool."""

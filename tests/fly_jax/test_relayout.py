@@ -9,18 +9,16 @@ from itertools import product
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
+from fly_jax.device_arrays import BY_RANK
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.inspection import ProgramReport
 from fly_jax.kv_cache import BlockTable, KVCacheManager, KVCacheSpec
 from fly_jax.layout import DeviceGroup
-from fly_jax.models.sharding import TP_AXIS
 from fly_jax.relayout import CHUNK_SLABS, pack_exchange, relayout
 from fly_jax.relayout_plan import HeadSplits, exchange_rounds, slab_moves
 
 NUM_DEVICES, NUM_BLOCKS, SLOTS = 4, 150, 13
-BY_RANK = PartitionSpec(TP_AXIS, None)
 PAIRS = [
     (base_tp, HeadSplits(source, target))
     for base_tp, source, target in product((1, 2), (1, 2, 4), (1, 2, 4))
@@ -127,7 +125,7 @@ class Program:
         self.meshes = DeviceMeshes(jax.devices()[:NUM_DEVICES], devices.base_tp)
         move = relayout(devices.spec, devices.splits, SLOTS, self.meshes.mesh(devices.group))
         self.pool, self.tables = self._put(devices.pools), self._put(devices.tokens[:, None])
-        packed = self.meshes.put(devices.group, self._pack([], {}))
+        packed = jax.device_put(self._pack([], {}), self.meshes.sharding(devices.group, BY_RANK))
         self.compiled = jax.jit(move, donate_argnums=(0, 1)).lower(self.pool, self.tables, packed).compile()
 
     def run(self, token_devices: dict[int, int]) -> int:
@@ -155,7 +153,7 @@ class Program:
         return self._get(self.tables, self.devices.tokens)
 
     def _launch(self, packed: np.ndarray) -> None:
-        self.pool, self.tables = self.compiled(self.pool, self.tables, self.meshes.put(self.devices.group, packed))
+        self.pool, self.tables = self.compiled(self.pool, self.tables, packed)
 
     def _pack(self, moves: list, token_devices: dict[int, int]) -> np.ndarray:
         return pack_exchange(moves, self.devices.ranked, token_devices, SLOTS, NUM_BLOCKS)

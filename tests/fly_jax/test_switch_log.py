@@ -88,9 +88,9 @@ def test_a_cutover_lasts_from_the_last_old_launch_to_the_first_new_one() -> None
         clock.now += 0.010
         return launch(plan)
 
-    def slow_relayout(*arguments: Any) -> int:
+    def slow_relayout(*arguments: Any) -> None:
         clock.now += 0.100
-        return relayout(*arguments)
+        relayout(*arguments)
 
     runner.launch, runner.relayout = slow_launch, slow_relayout  # type: ignore[method-assign]
     for i in range(4):

@@ -447,6 +447,7 @@ def switched(traffic: Traffic, target: str, strategy: SwitchStrategy) -> SwitchR
 
 def bytes_moved(runner: SimulatedRunner) -> int:
     return sum(
-        len(each.moves) * runner.kv.slab_bytes(each.splits.source_tp, each.splits.target_tp)
+        len(launch.moves) * runner.kv.slab_bytes(each.splits.source_tp, each.splits.target_tp)
         for each in runner.relayouts
+        for launch in each.uploads
     )

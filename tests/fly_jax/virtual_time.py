@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from fly_jax.executables import ExecutableKey, StepKind
 from fly_jax.group_scheduler import StepPlan
 from fly_jax.layout import DeviceGroup, all_groups
 from fly_jax.outputs import RequestDelta, TokenLogprob
-from fly_jax.relayout_plan import HeadSplits, SlabMove, relayout_splits
+from fly_jax.relayout_plan import PackedRelayout, relayout_splits
 from fly_jax.runner import RowResult
 from fly_jax.sampling_params import SamplingParams
 from tests.fly_jax.simulated_runner import SimulatedRunner, SimulatedStep, simulated_engine
@@ -106,16 +106,8 @@ class TimedRunner(SimulatedRunner):
         self.unread.append(step)
         return step
 
-    def relayout(
-        self,
-        group: DeviceGroup,
-        splits: HeadSplits,
-        moves: Sequence[SlabMove],
-        token_devices: Mapping[int, int],  # noqa: ARG002  no tokens are kept either
-    ) -> int:
-        launches = max(1, -(-len(moves) // (self.chunk_slabs * group.size)))
-        self._occupy(group, launches * self.times.relayout)
-        return len(moves) * self.kv.slab_bytes(splits.source_tp, splits.target_tp)
+    def relayout(self, packed: PackedRelayout) -> None:
+        self._occupy(packed.group, len(packed.uploads) * self.times.relayout)
 
     def wait_for_any(self, steps: Collection[SimulatedStep]) -> None:
         self.clock.advance_to(min(step.done_at for step in steps if isinstance(step, TimedStep)))
