@@ -237,9 +237,10 @@ def _log_report(report: SwitchReport) -> None:
     logger.log(
         level,
         "switch %d, %s -> %s (%s, %s): drained %.1f ms, copied ahead %.1f ms, cutover %.2f ms, worst gap %.1f ms, "
-        "%d requests moved, %d paused, %d adopted, %d KV bytes in %d blocks moved, %d tokens recomputed",
+        "%d requests moved, %d paused, %d adopted, %d KV bytes in %d blocks moved by %d launches, %d tokens recomputed",
         report.number, report.source, report.target, report.strategy, report.reason,
         1e3 * report.drain_seconds, 1e3 * report.precopy_seconds, 1e3 * report.cutover_seconds,
         1e3 * report.worst_gap_seconds, report.requests_moved, report.requests_paused, report.requests_adopted,
-        report.kv_bytes_moved + report.kv_bytes_adopted, report.kv_blocks_moved, report.tokens_recomputed,
+        report.kv_bytes_moved + report.kv_bytes_adopted, report.kv_blocks_moved, report.relayout_launches,
+        report.tokens_recomputed,
     )  # fmt: skip

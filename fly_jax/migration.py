@@ -50,6 +50,7 @@ class MigrationTotals:
         requests: moved to another group.
         paused: kept their KV in place and paused.
         bytes_moved, blocks_moved: KV; ``bytes_ahead`` of them while the old groups went on.
+        launches: of relayout programs.
         tokens_recomputed: of requests that gave up their KV.
     """
 
@@ -58,6 +59,7 @@ class MigrationTotals:
     bytes_moved: int = 0
     bytes_ahead: int = 0
     blocks_moved: int = 0
+    launches: int = 0
     tokens_recomputed: int = 0
 
 
@@ -301,6 +303,7 @@ class Migration:
         for each in packed:
             self.mover.relayout(each)
             moved += each.num_bytes
+            self.totals.launches += len(each.uploads)
         self.totals.bytes_moved += moved
         return moved
 

@@ -109,6 +109,7 @@ class SwitchReport:
         requests_adopted, kv_bytes_adopted: of the paused, those whose KV was moved later, so that they could go on.
         kv_bytes_moved, kv_blocks_moved: what relayouts moved, pre-copies included.
         kv_bytes_precopied: moved while the old groups went on.
+        relayout_launches: programs launched for that, on all groups together.
         tokens_recomputed: of requests that had to give up their KV at the switch.
         requests_waiting: requests that were queued when the switch completed.
         settled: every request that ran across the switch has gone on: only those of paused requests may still change
@@ -132,6 +133,7 @@ class SwitchReport:
     kv_bytes_moved: int = 0
     kv_bytes_precopied: int = 0
     kv_blocks_moved: int = 0
+    relayout_launches: int = 0
     tokens_recomputed: int = 0
     requests_waiting: int = 0
     settled: bool = False

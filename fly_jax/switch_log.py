@@ -179,6 +179,7 @@ class SwitchLog:
             kv_bytes_moved=totals.bytes_moved,
             kv_bytes_precopied=totals.bytes_ahead,
             kv_blocks_moved=totals.blocks_moved,
+            relayout_launches=totals.launches,
             tokens_recomputed=totals.tokens_recomputed,
             requests_waiting=waiting,
         )

@@ -68,6 +68,7 @@ class EngineCollector(Collector):
             ("worst_gap_seconds", "Longest that a stream stood still in the last switch.", report.worst_gap_seconds),
             ("kv_bytes_moved", "KV bytes that the last switch moved.", report.kv_bytes_moved),
             ("kv_blocks_moved", "KV blocks that the last switch moved.", report.kv_blocks_moved),
+            ("relayout_launches", "Programs launched to move KV in the last switch.", report.relayout_launches),
             ("tokens_recomputed", "Tokens whose KV the last switch gave up.", report.tokens_recomputed),
         ):
             yield self._gauge(f"fly:last_switch_{name}", text, value)

@@ -52,6 +52,7 @@ def test_every_switch_under_load_finishes_every_request_with_its_own_tokens(
         assert (report.tokens_recomputed, report.drain_seconds) == (0, 0.0)
         assert traffic.scheduler.num_preemptions == 0
         assert report.kv_bytes_moved == bytes_moved(traffic.runner)
+        assert report.relayout_launches == sum(len(each.uploads) for each in traffic.runner.relayouts)
     else:
         assert (report.requests_moved, report.kv_bytes_moved, report.kv_blocks_moved) == (0, 0, 0)
         assert not traffic.runner.relayouts

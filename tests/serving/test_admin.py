@@ -48,6 +48,7 @@ REPORT = {
     "kv_bytes_moved": 4096,
     "kv_bytes_precopied": 0,
     "kv_blocks_moved": 0,
+    "relayout_launches": 0,
     "tokens_recomputed": 3,
     "requests_waiting": 0,
     "settled": True,
