@@ -7,8 +7,10 @@ import random
 
 import pytest
 
+from fly_jax.group_scheduler import StepPlan
 from fly_jax.layout import Layout
 from fly_jax.outputs import FinishReason, SwitchStrategy
+from fly_jax.runner import InFlightStep
 from tests.fly_jax.virtual_time import Arrival, Simulation
 
 QUIET = [Arrival(0.5 * index, 200, 40) for index in range(12)]
@@ -148,3 +150,42 @@ def test_the_layout_of_eight_devices_is_always_one_that_fits_them() -> None:
     for text in {each.layout for each in simulation.samples}:
         Layout.parse(text, 8)
     assert finished(simulation) == len(load)
+
+
+def steps_of(simulation: Simulation, name: str) -> tuple[int, int]:
+    """Serves to the end; steps of the groups that a request was in, until its first token and from there to its last.
+
+    Those without a row of it count too: while it waits for its turn, for a switch or for its devices.
+    """
+    launch, engine = simulation.engine.runner.launch, simulation.engine
+    plans: list[StepPlan] = []
+
+    def watched(plan: StepPlan) -> InFlightStep:
+        request = engine.scheduler.requests.get(name)
+        if request is not None and (request.table is None or request.table.group == plan.group):
+            plans.append(plan)
+        return launch(plan)
+
+    engine.runner.launch = watched  # type: ignore[method-assign]
+    simulation.run()
+    own = [
+        (index, row) for index, plan in enumerate(plans, start=1) for row in plan.rows if row.request.request_id == name
+    ]
+    samples = [index for index, row in own if row.samples]
+    return samples[0], samples[-1] - samples[0]
+
+
+def test_an_urgent_request_in_a_saturated_engine_takes_as_few_steps_as_alone_on_all_devices() -> None:
+    urgent = Arrival(3.0, 600, 60, priority=-1)
+    idle = Simulation([urgent], policy="static", layout="4")
+    first, others = steps_of(idle, "r0")
+    load = steady(rate=300.0, seconds=5.0)  # more than any layout keeps up with
+    busy = Simulation([*load, urgent])
+    arrived = sum(arrival.at < urgent.at for arrival in load)
+    got_first, got_others = steps_of(busy, f"r{arrived}")
+    assert got_first <= 1.2 * first
+    assert got_others <= 1.2 * others
+    assert finished(busy) == len(load) + 1
+    at_arrival = [each for each in busy.samples if 2.5 < each.time < 3.0]
+    assert min(each.waiting for each in at_arrival) > 100, "the engine was not saturated"
+    assert {each.layout for each in busy.samples if 3.1 < each.time < 3.3} & {"2+1+1", "1+1+2"}
