@@ -1,4 +1,4 @@
-"""The queue, which group takes a request, and when a layout may change. Pure Python, no JAX.
+"""Who waits, runs and is paused, and when a layout may change. Pure Python, no JAX.
 
 The engine, the tests and simulations run this same object; it never looks at a clock.
 """
@@ -17,13 +17,11 @@ from fly_jax.migration import KVMover, Migration, MigrationTotals
 from fly_jax.outputs import FinishReason, SwitchStrategy
 from fly_jax.request import Request, RequestState
 from fly_jax.request_queue import RequestQueue
-
-# Waiting requests looked at in one pass; those far back have no claim to a place that the first ones cannot use.
-LOOK_AHEAD = 64
+from fly_jax.router import Router
 
 
 class Scheduler:
-    """Routes requests to groups, composes steps, and lets layouts give way to others.
+    """Keeps every request in its place, composes steps, and lets layouts give way to others.
 
     Args:
         mover: moves KV between groups.
@@ -66,6 +64,7 @@ class Scheduler:
         self.slots = SlotPool(limits.slots(len(kv.allocators), kv.base_tp))
         self.groups: dict[DeviceGroup, GroupScheduler] = {}
         self.groups = {each.group: each for each in self.new_groups(layout)}
+        self._router = Router(self)
         self._order = itertools.count()
         self._adopted: list[MigrationTotals] = []
 
@@ -162,27 +161,9 @@ class Scheduler:
     # -- steps ------------------------------------------------------------------------------------------------
 
     def route(self) -> None:
-        """Starts waiting requests, each in its turn.
-
-        A request that finds no room keeps the group that has most of it: those behind it may only start elsewhere.
-        """
+        """Starts waiting requests, each in its turn, and paused ones whose groups' successors are idle."""
         self.passes += 1
-        kept: set[DeviceGroup] = set()
-        passed_over: set[Request] = set()
-        turn_taken = False
-        if self.switch is not None:
-            # However many wait before them: nobody else may start where a drain waits for them.
-            for returning in self.switch.returning():
-                self._start_or_pass(returning, kept, passed_over)
-            kept.intersection_update(self.switch.dissolving)
-        while len(kept) < len(self.groups) and len(passed_over) < LOOK_AHEAD:
-            if not turn_taken and (oldest := self.waiting.oldest_in_turn()) is not None:
-                turn_taken = True
-                self._start_in_turn(oldest, kept)
-            request = self.waiting.next(passed_over)
-            if request is None:
-                break
-            self._start_or_pass(request, kept, passed_over)
+        self._router.start_waiting()
         if self.paused and (self.switch is None or self.switch.adopts):
             self._adopt_paused()
 
@@ -360,77 +341,6 @@ class Scheduler:
                     f"its devices would hold {capacity}: wait for it to end or keep a wider group there"
                 )
 
-    # -- where a request goes ---------------------------------------------------------------------------------
-
-    def _start_in_turn(self, oldest: Request, kept: set[DeviceGroup]) -> None:
-        """The oldest goes first, but keeps a group from others only when it has waited too long."""
-        if not oldest.num_pending and self._start(oldest, kept if self._impatient(oldest) else set()):
-            self.waiting.took_turn(oldest)
-
-    def _start_or_pass(self, request: Request, kept: set[DeviceGroup], passed_over: set[Request]) -> None:
-        # A request that was preempted with a token still on the device needs its id to be recomputed.
-        if request.num_pending or not self._start(request, kept):
-            passed_over.add(request)
-
-    def _start(self, request: Request, kept: set[DeviceGroup]) -> bool:
-        choices = self._choices(request)
-        free = [group for group in choices if group.group not in kept]
-        if any(self._admit(group, request) for group in free) or self._displace(free, request):
-            return True
-        if free:
-            kept.add(free[0].group)
-            if request.held_up_since is None:
-                request.held_up_since = self.passes
-        return False
-
-    def _admit(self, group: GroupScheduler, request: Request) -> bool:
-        if not group.admit(request):
-            return False
-        self.place(request)
-        self.waiting.start(request)
-        return True
-
-    def _displace(self, choices: Sequence[GroupScheduler], request: Request) -> bool:
-        """Preempts requests of lower priority, in the group where that takes fewest.
-
-        For a request that has been first in line for longer than anybody should, it preempts those of equal
-        priority too: a wide one could otherwise wait until all the devices that it needs are free.
-        """
-        request.overdue = request.overdue or self._impatient(request)
-        found = [(victims, group) for group in choices if (victims := group.victims_for(request)) is not None]
-        if not found:
-            return False
-        victims, group = min(found, key=lambda pair: len(pair[0]))
-        for victim in victims:
-            self.preempt(victim)
-        return self._admit(group, request)
-
-    def _choices(self, request: Request) -> list[GroupScheduler]:
-        """Groups that may take the request, the best one first.
-
-        Without a policy that widens, only those that hold it to its end, or as long as any does.
-        """
-        switch, spec = self.switch, self.kv.spec
-        open_groups = [each for group, each in self.groups.items() if switch is None or switch.admits(group, request)]
-        widest = max((each.group.size for each in open_groups), default=1)
-        width = request.min_width if self.elastic else min(request.min_width, widest)
-        end = len(request.prompt_ids) + request.limit
-        furthest = max((self.reach_tokens(each.group) for each in open_groups), default=0)
-        fitting = [
-            each
-            for each in open_groups
-            if each.group.size >= width
-            and self.reach_tokens(each.group) >= min(end, furthest) > request.num_known
-            and each.capacity_tokens >= request.num_needed
-        ]
-
-        def preference(each: GroupScheduler) -> tuple[int, bool, float, int]:
-            wide = each.group.size if request.prefers_width else 0
-            ends_elsewhere = each.capacity_tokens < min(end, spec.capacity_tokens(widest))
-            return -wide, ends_elsewhere, len(each.running) / each.group.size, -self.kv.free_blocks(each.group)
-
-        return sorted(fitting, key=preference)
-
     # -- paused requests --------------------------------------------------------------------------------------
 
     def _adopt_paused(self) -> None:
@@ -443,7 +353,7 @@ class Scheduler:
             requests = [request for request in self.paused if request.held_table.group == source]
             successors = [each for each in self.groups.values() if each.group.overlaps(source)]
             nothing_to_do = idle.issuperset(each.group for each in successors)
-            if not nothing_to_do and not any(self._impatient(request) for request in requests):
+            if not nothing_to_do and not any(self.impatient(request) for request in requests):
                 continue
             empty = not any(each.running for each in successors)  # those of another group may be there by now
             migration = self.migration(successors)
@@ -453,7 +363,8 @@ class Scheduler:
                 self.switch.adopted([request for request in requests if request.state is RequestState.RUNNING])
             self._adopted.append(migration.totals)
 
-    def _impatient(self, request: Request) -> bool:
+    def impatient(self, request: Request) -> bool:
+        """It has been held up for longer than anybody should."""
         since = request.held_up_since
         return since is not None and self.passes - since > self.limits.patience
 

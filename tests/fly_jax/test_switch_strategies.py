@@ -12,7 +12,7 @@ from fly_jax.group_scheduler import round_up_to_tile
 from fly_jax.layout import DeviceGroup, all_groups
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.request import RequestState
-from fly_jax.scheduler import LOOK_AHEAD
+from fly_jax.router import LOOK_AHEAD
 from tests.fly_jax.invariants import Snapshot
 from tests.fly_jax.traffic import (
     HARD,
