@@ -104,18 +104,20 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         await asyncio.wrap_future(self._thread.abort(request_id))
 
-    async def switch(self, layout: str, strategy: str | None = None) -> SwitchReport:
+    async def switch(self, layout: str, strategy: str | None = None, policy: str | None = None) -> SwitchReport:
         """Goes to another layout while requests run, and pins it.
 
         Args:
             strategy: what becomes of running requests, see :class:`fly_jax.outputs.SwitchStrategy`; None: what
                 ``switch_strategy`` says.
+            policy: takes over from there, as with :meth:`set_policy`; None: the layout stays pinned.
 
         Raises:
             LayoutError: the layout does not fit the devices.
-            ConfigError: there is no such strategy.
+            ConfigError: there is no such strategy or policy; or the switch was made and the policy cannot take over.
         """
-        return await asyncio.wrap_future(self._thread.switch(layout, strategy_named(strategy)))
+        named = None if policy is None else policy_named(policy)
+        return await asyncio.wrap_future(self._thread.switch(layout, strategy_named(strategy), named))
 
     async def set_policy(self, policy: str) -> str:
         """Hands the choice of the layout to the engine (``auto``), or pins the one in force (``static``).

@@ -24,7 +24,7 @@ OWN_LOGGERS = ("fly_jax", "serving", "checkpoints")
 STRATEGIES = tuple(strategy.value for strategy in SwitchStrategy)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One clear line for a wrong option."""
 
     def error(self, message: str) -> NoReturn:
@@ -158,7 +158,7 @@ def _first_layout(options: argparse.Namespace) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fly-jax", description="An LLM server that changes its DP/TP layout while it serves.")
+    parser = Parser(prog="fly-jax", description="An LLM server that changes its DP/TP layout while it serves.")
     parser.add_argument("--version", action="version", version=f"fly-jax {__version__}")
     parser.add_argument(
         "--log-level",
@@ -181,7 +181,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--api-key", help="key that /v1 asks for (default: $FLY_JAX_API_KEY)")
     server.add_argument("--admin-key", help="key that changing the layout asks for (default: $FLY_JAX_ADMIN_KEY)")
     server.add_argument("--served-model-name", help="name of the model in the API (default: the folder's)")
-    server.add_argument("--shutdown-timeout", type=int, default=10, help="seconds that open requests get to end")
+    server.add_argument(
+        "--shutdown-timeout", type=int, default=10, help="seconds that open requests get to end (default: %(default)s)"
+    )
     parser.set_defaults(command=serve)
 
 
@@ -225,7 +227,9 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--devices", type=int, help=f"devices to use (default: all; on CPU {DEFAULT_DEVICES} virtual)")
     layout.add_argument("--layout", help="first layout: 2+2, 2+1+1, dp4, tp4, dp2xtp2 (default: narrowest)")
     layout.add_argument(
-        "--layouts", type=lambda text: tuple(text.split(",")), help="compile only these, by commas (default: all)"
+        "--layouts",
+        type=lambda text: tuple(text.split(",")),
+        help="compile only these, by commas, and the first layout (default: all)",
     )
     layout.add_argument("--tensor-parallel-size", "-tp", type=int, help="uniform first layout of this TP degree")
     layout.add_argument("--data-parallel-size", "-dp", type=int, help="uniform first layout of this many groups")
@@ -243,7 +247,8 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
         default=SwitchStrategy.MIGRATE.value,
         help="what becomes of running requests when the layout changes: migrate moves their KV and they go on at "
         "once; sequential lets them end first; soft_preempt too, but runs waiting ones on idle groups meanwhile; "
-        "hard_preempt pauses them until their group is back or its devices are idle (default: %(default)s)",
+        "hard_preempt pauses them until their group is back, the groups in its place are idle, or they have waited "
+        "long (default: %(default)s)",
     )
 
 
@@ -251,9 +256,15 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's")
     engine.add_argument("--max-model-len", type=int, help="context limit in tokens (default: the model's)")
-    engine.add_argument("--max-num-seqs", type=int, default=32, help="requests running at once in a group")
-    engine.add_argument("--max-num-batched-tokens", type=int, default=512, help="tokens in one step of a group")
-    engine.add_argument("--max-num-queued-reqs", type=int, default=1024, help="requests waiting before 503")
+    engine.add_argument(
+        "--max-num-seqs", type=int, default=32, help="requests running at once in a group (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens", type=int, default=512, help="tokens in one step of a group (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--max-num-queued-reqs", type=int, default=1024, help="requests waiting before 503 (default: %(default)s)"
+    )
     engine.add_argument(
         "--scheduling-policy",
         choices=SCHEDULING_POLICIES,
@@ -261,9 +272,13 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
         help="who runs first: priority: the request with the lowest 'priority' number, by arrival among equals; "
         "fcfs: by arrival alone (default: %(default)s)",
     )
-    engine.add_argument("--block-size", type=int, default=16, help="tokens a KV block holds at TP 1")
+    engine.add_argument(
+        "--block-size", type=int, default=16, help="tokens a KV block holds at TP 1 (default: %(default)s)"
+    )
     engine.add_argument("--num-gpu-blocks-override", dest="num_blocks", type=int, help="KV blocks a device")
-    engine.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="fraction for weights and KV")
+    engine.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, help="fraction for weights and KV (default: %(default)s)"
+    )
     engine.add_argument("--device-memory-bytes", type=int, help="memory of one device (default: asked from it)")
     engine.add_argument("--optimization-level", "-O", type=int, help="0 to 3; 0 starts faster and runs slower")
     engine.add_argument("--seed", type=int, default=0, help="from which unseeded requests draw their seeds")

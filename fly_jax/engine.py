@@ -115,6 +115,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def stalled(self) -> bool:
+        """No step is in flight: what work there is waits for a layout, or for a command."""
+        return not self._in_flight
+
     def _launch_steps(self) -> list[DeviceGroup]:
         plans = self._schedule()
         self.control.prepare()

@@ -71,7 +71,14 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     kv_spec = _kv_spec(config, spec, max_model_len, memory, base_tp, devices)
     limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
     shapes = ProgramShapes(
-        spec, kv_spec, spec.dtype, max_model_len, config.max_num_seqs, limits.tile_budget, len(devices), base_tp
+        model=spec,
+        kv=kv_spec,
+        dtype=spec.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_devices=len(devices),
+        base_tp=base_tp,
     )
     eos = _eos_token_ids(folder)
     return EnginePlan(config, model_config, tokenizer, eos, devices, base_tp, layout, groups, limits, shapes)

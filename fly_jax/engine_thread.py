@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fly_jax.engine import Engine
-from fly_jax.errors import EngineDeadError, FlyJaxError, LayoutError
+from fly_jax.errors import ConfigError, EngineDeadError, FlyJaxError, LayoutError
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.switch_log import SwitchTicket
 
 logger = logging.getLogger(__name__)
+
+# How long a command is waited for when requests can only wait too: what they wait for may be a matter of time alone.
+STALL_SECONDS = 0.001
 
 T = TypeVar("T")
 Command = Callable[[Engine], None]
@@ -31,19 +34,27 @@ class _PendingPolicy:
     policy: str
     done: Future[str]
 
+    def __str__(self) -> str:
+        return f"policy {self.policy}"
+
 
 @dataclass(eq=False, slots=True)
 class _PendingSwitch:
     """A switch that somebody asked for and waits for.
 
     Attributes:
+        policy: takes over once it is through; None: the layout stays pinned.
         ticket: None until it has begun.
     """
 
     layout: str
     strategy: SwitchStrategy | None
+    policy: str | None
     done: Future[SwitchReport]
     ticket: SwitchTicket | None = None
+
+    def __str__(self) -> str:
+        return f"switch to {self.layout} ({'queued' if self.ticket is None else 'under way'})"
 
 
 class EngineThread:
@@ -88,11 +99,15 @@ class EngineThread:
 
         return self.call(end)
 
-    def switch(self, layout: str, strategy: SwitchStrategy | None = None) -> Future[SwitchReport]:
+    def switch(
+        self, layout: str, strategy: SwitchStrategy | None = None, policy: str | None = None
+    ) -> Future[SwitchReport]:
         """Goes to another layout and keeps it; switches asked for while one is under way follow in order.
 
         Args:
             strategy: what becomes of requests in flight; None: the configured one.
+            policy: takes over after this switch and before the next; None: the layout stays pinned. If it cannot, the
+                switch has still been made and the future fails with ConfigError.
         """
         done: Future[SwitchReport] = Future()
 
@@ -102,7 +117,7 @@ class EngineThread:
             try:
                 self._check_running()
                 engine.control.parse(layout)
-                self._switches.append(_PendingSwitch(layout, strategy, done))
+                self._switches.append(_PendingSwitch(layout, strategy, policy, done))
             except Exception as error:
                 done.set_exception(error)
 
@@ -155,28 +170,34 @@ class EngineThread:
     # -- on the engine's thread -------------------------------------------------------------------------------
 
     def _run(self, engine: Engine) -> None:
+        stalled = False
         try:
-            while self._take_commands(engine):
+            while self._take_commands(engine, stalled):
                 self._advance_switches(engine)
-                if engine.has_work:
-                    for delta in engine.step():
-                        self._deliver(delta)
+                stalled = engine.has_work and not self._step(engine)
             self._fail_all(engine, EngineDeadError("the engine has been shut down"))
         except BaseException as error:
             logger.exception("the engine's loop has failed")
             self._failure = error
             self._fail_all(engine, self._dead())
 
-    def _take_commands(self, engine: Engine) -> bool:
-        """Runs queued commands, waiting for one if the engine is idle; False at shutdown."""
+    def _step(self, engine: Engine) -> bool:
+        """False if nothing came of it and nothing is under way."""
+        deltas = engine.step()
+        for delta in deltas:
+            self._deliver(delta)
+        return bool(deltas) or not engine.stalled
+
+    def _take_commands(self, engine: Engine, stalled: bool) -> bool:
+        """Runs queued commands, waiting for one if the engine is idle, a moment if stalled; False at shutdown."""
         idle = not (engine.has_work or self._switches)
         try:
             while True:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=idle or stalled, timeout=None if idle else STALL_SECONDS)
                 if command is None:
                     return False
                 command(engine)
-                idle = False
+                idle = stalled = False
         except queue.Empty:
             return True
 
@@ -198,7 +219,9 @@ class EngineThread:
                     switch.done.set_exception(error)
             elif switch.ticket.settled:
                 self._switches.remove(switch)
-                _answer(switch.ticket, switch.done)
+                _answer(engine, switch, switch.ticket)
+            elif switch.policy is not None:
+                return  # the next would otherwise begin before this policy, and lose its pin to it
 
     def _check_running(self) -> None:
         """Refuses a command that was queued while the engine failed: nothing would ever answer it."""
@@ -222,6 +245,8 @@ class EngineThread:
         """Answers everybody; from here on commands are refused where they are given."""
         with self._lock:
             self._stopping = True
+        if self._switches:
+            logger.warning("the engine ends, not carried through: %s", ", ".join(map(str, self._switches)))
         for switch in self._switches:
             switch.done.set_exception(error)
         self._switches.clear()
@@ -247,12 +272,18 @@ class EngineThread:
         return error
 
 
-def _answer(ticket: SwitchTicket, done: Future[SwitchReport]) -> None:
+def _answer(engine: Engine, switch: _PendingSwitch, ticket: SwitchTicket) -> None:
     if ticket.error is not None:
-        done.set_exception(ticket.error)
-    else:
-        assert ticket.report is not None
-        done.set_result(ticket.report)
+        switch.done.set_exception(ticket.error)
+        return
+    assert ticket.report is not None
+    try:
+        if switch.policy is not None:
+            engine.set_policy(switch.policy)
+        switch.done.set_result(ticket.report)
+    except ConfigError as error:
+        # Not a LayoutError, whatever it was: that would say that the switch was not made.
+        switch.done.set_exception(ConfigError(f"the layout is {ticket.target} now and stays: {error}"))
 
 
 def _set_policy(engine: Engine, change: _PendingPolicy) -> None:

@@ -76,7 +76,7 @@ class ProgramShapes:
     dtype: jnp.dtype
     max_model_len: int
     max_num_seqs: int
-    tile_budget: int
+    max_num_batched_tokens: int
     num_devices: int
     base_tp: int
 
@@ -85,11 +85,12 @@ class ProgramShapes:
         return self._limits.slots(self.num_devices, self.base_tp) + 1
 
     def buckets(self, tp: int) -> Buckets:
-        return Buckets.of(self._limits.max_running(tp, self.base_tp), self.tile_budget)
+        limits = self._limits
+        return Buckets.of(limits.max_running(tp, self.base_tp), limits.tile_budget(tp, self.base_tp))
 
     @property
     def _limits(self) -> SchedulerLimits:
-        return SchedulerLimits(self.max_num_seqs, self.tile_budget)
+        return SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens)
 
     def sample_rows(self, tp: int) -> int:
         return self.buckets(tp).rows[-1]

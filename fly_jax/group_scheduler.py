@@ -28,17 +28,17 @@ class SchedulerLimits:
     patience: int = 512
 
     def max_running(self, tp: int, base_tp: int) -> int:
-        """Requests that one group runs at once: decodes always leave a step room for a chunk of a prompt."""
-        return max(1, min(self.max_num_seqs * tp // base_tp, self.tile_budget - TILE_TOKENS))
+        """Requests that one group runs at once: as many as its parts, so that all have places when they merge."""
+        return max(1, self.max_num_seqs * tp // base_tp)
 
     def slots(self, num_devices: int, base_tp: int) -> int:
         """Most requests that are in the devices' token tables: those that run, and as many again that are paused."""
         return 2 * self.max_num_seqs * (num_devices // base_tp)
 
-    @property
-    def tile_budget(self) -> int:
-        """The token budget in whole tiles."""
-        return max(1, self.max_num_batched_tokens // TILE_TOKENS) * TILE_TOKENS
+    def tile_budget(self, tp: int, base_tp: int) -> int:
+        """The token budget of a step in whole tiles; decodes always leave it room for a chunk of a prompt."""
+        least = round_up_to_tile(self.max_running(tp, base_tp)) + TILE_TOKENS
+        return max(least, self.max_num_batched_tokens // TILE_TOKENS * TILE_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,7 @@ class GroupScheduler:
         self.kv = kv
         self.slots = slots
         self.max_running = limits.max_running(group.size, kv.base_tp)
+        self.tile_budget = limits.tile_budget(group.size, kv.base_tp)
         self.running: list[Request] = []
 
     @property
@@ -174,7 +175,7 @@ class GroupScheduler:
             reclaim: frees blocks of the group that nobody uses yet; False if there are none.
         """
         decodes = self._schedule_decodes(preempt, reclaim)
-        budget = self.limits.tile_budget - round_up_to_tile(len(decodes))
+        budget = self.tile_budget - round_up_to_tile(len(decodes))
         prefills = self._schedule_prefills(budget)
         if not decodes and not prefills:
             return None

@@ -24,6 +24,7 @@ PLAN_EVERY = 4
 # A switch that the scheduler refused is not tried again for so many seconds.
 RETRY_SECONDS = 1.0
 STATIC = "static"
+ASKED_FOR = "asked for"
 CANONICAL = {"auto": "load_adaptive"}
 
 
@@ -79,13 +80,13 @@ class LayoutControl:
         return layout
 
     def begin(self, text: str, strategy: SwitchStrategy | None = None) -> SwitchTicket:
-        """Goes to another layout and keeps it: the policy becomes static.
+        """Goes to another layout and keeps it: when it is there, the policy becomes static.
 
         Raises:
             LayoutError: the layout does not fit, a request does not fit it, or a switch is already under way.
         """
-        ticket = self._begin(self.parse(text), strategy or self.strategy, "asked for", elastic=False)
-        self.policy = STATIC
+        ticket = self._begin(self.parse(text), strategy or self.strategy, ASKED_FOR, elastic=False)
+        logger.info("switch %s -> %s (%s) asked for", ticket.source, ticket.target, strategy or self.strategy)
         return ticket
 
     def set_policy(self, name: str) -> str:
@@ -98,12 +99,13 @@ class LayoutControl:
         if name not in POLICIES:
             raise ConfigError(f"there is no policy {name!r}: choose one of {', '.join(POLICIES)}")
         policy = CANONICAL.get(name, name)
-        if self.switching and (policy == STATIC) == self.scheduler.elastic:
+        if self.switching:
             raise LayoutError(f"a switch to {self.scheduler.target} is under way: ask again when it has ended")
         if policy == STATIC and self.scheduler.elastic:
             self.scheduler.check_pinned()
         self.scheduler.set_elastic(policy != STATIC)
         self.policy = policy
+        logger.info("policy: %s asked for, at %s", policy, self.scheduler.layout)
         return policy
 
     # -- the step loop ----------------------------------------------------------------------------------------
@@ -135,6 +137,8 @@ class LayoutControl:
         if done is None:
             return False
         self._ticket = None
+        if not done.elastic:
+            self.policy = STATIC
         self.log.switched(ticket, done, started, old_in_flight, len(self.scheduler.waiting))
         return True
 
@@ -171,9 +175,9 @@ class LayoutControl:
         logger.info("policy: %s", text)
 
     def _strategy_for(self, decision: Decision) -> SwitchStrategy:
-        """A request that is outgrowing its group cannot wait until it has ended there."""
-        drains = self.strategy in (SwitchStrategy.SEQUENTIAL, SwitchStrategy.SOFT_PREEMPT)
-        if drains and decision.kind is DecisionKind.MAKE_ROOM and self._some_running_needs_more():
+        """A request that is outgrowing its group cannot wait until it has ended there, nor be paused."""
+        waits = self.strategy is not SwitchStrategy.MIGRATE
+        if waits and decision.kind is DecisionKind.MAKE_ROOM and self._some_running_needs_more():
             logger.info("policy: %s gives way to migrate: a running request outgrows its group", self.strategy)
             return SwitchStrategy.MIGRATE
         return self.strategy
@@ -198,7 +202,7 @@ class LayoutControl:
 
         A drain that would never end, and cannot become a migration, is given up.
         """
-        late = self.policy != STATIC and self.scheduler.passes - self._begun_at_pass > self.scheduler.limits.patience
+        late = switch.elastic and self.scheduler.passes - self._begun_at_pass > self.scheduler.limits.patience
         drains = switch.strategy in (SwitchStrategy.SEQUENTIAL, SwitchStrategy.SOFT_PREEMPT)
         if not drains or not (late or switch.stuck):
             return
@@ -218,6 +222,8 @@ class LayoutControl:
         self.log.given_up(ticket)
         ticket.error, ticket.settled = error, True
         self._ticket = None
+        if ticket.reason != ASKED_FOR:
+            self.decisions["given_up"] += 1
         self._retry_at[ticket.target] = self._clock() + RETRY_SECONDS
         logger.warning("switch %s -> %s given up: %s", ticket.source, ticket.target, error)
 
@@ -241,6 +247,6 @@ def _log_report(report: SwitchReport) -> None:
         report.number, report.source, report.target, report.strategy, report.reason,
         1e3 * report.drain_seconds, 1e3 * report.precopy_seconds, 1e3 * report.cutover_seconds,
         1e3 * report.worst_gap_seconds, report.requests_moved, report.requests_paused, report.requests_adopted,
-        report.kv_bytes_moved + report.kv_bytes_adopted, report.kv_blocks_moved, report.relayout_launches,
+        report.kv_bytes_moved, report.kv_blocks_moved, report.relayout_launches,
         report.tokens_recomputed,
     )  # fmt: skip

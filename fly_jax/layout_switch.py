@@ -31,6 +31,9 @@ SPARE_STEPS_AHEAD = 2
 class LayoutSwitch(ABC):
     """One change of layout under way.
 
+    Args:
+        elastic: whether the target may widen again for requests that need it.
+
     Attributes:
         dissolving: groups that the target does not have.
         totals: what has happened to requests so far.
@@ -40,8 +43,8 @@ class LayoutSwitch(ABC):
     # Whether paused requests may go on in other groups meanwhile: they may hold blocks that a drain needs to end.
     adopts: ClassVar[bool] = False
 
-    def __init__(self, scheduler: Scheduler, target: Layout) -> None:
-        self.scheduler, self.target = scheduler, target
+    def __init__(self, scheduler: Scheduler, target: Layout, *, elastic: bool) -> None:
+        self.scheduler, self.target, self.elastic = scheduler, target, elastic
         self.dissolving = tuple(group for group in scheduler.groups if group not in target.groups)
         self.totals = MigrationTotals()
 
@@ -94,10 +97,9 @@ class Drain(LayoutSwitch):
     strategy = SwitchStrategy.SEQUENTIAL
     adopts = True
 
-    def __init__(self, scheduler: Scheduler, target: Layout) -> None:
-        super().__init__(scheduler, target)
-        preempted = {request for request in scheduler.waiting if request.preempted}
-        self._awaited = {*self.running(), *preempted}
+    def __init__(self, scheduler: Scheduler, target: Layout, *, elastic: bool) -> None:
+        super().__init__(scheduler, target, elastic=elastic)
+        self._awaited = set(self.running())
 
     @property
     def drained(self) -> bool:
@@ -115,6 +117,7 @@ class Drain(LayoutSwitch):
 
     def advance(self) -> bool:
         if self.drained:
+            self.scheduler.check_cutover(self, ())
             self._give_up_guests()
             self.scheduler.install(self.target, self.scheduler.new_groups(self.target))
         return self.drained
@@ -152,7 +155,7 @@ class DrainWithGuests(Drain):
     def _fits_target(self, request: Request) -> bool:
         """A guest must not grow here beyond what it can be recomputed in."""
         capacity = self.scheduler.kv.spec.capacity_tokens(self.target.widest)
-        return self.scheduler.elastic or len(request.prompt_ids) + request.limit <= capacity
+        return self.elastic or len(request.prompt_ids) + request.limit <= capacity
 
     def _give_up_guests(self) -> None:
         for request in self.running():
@@ -167,7 +170,7 @@ class Pause(LayoutSwitch):
 
     def advance(self) -> bool:
         requests = self.running()
-        self.scheduler.check_cutover(self.target, requests)
+        self.scheduler.check_cutover(self, requests)
         self.totals.paused = len(requests)
         self.scheduler.install(self.target, self.scheduler.new_groups(self.target))
         for request in requests:
@@ -180,11 +183,11 @@ class Migrate(LayoutSwitch):
 
     strategy = SwitchStrategy.MIGRATE
 
-    def __init__(self, scheduler: Scheduler, target: Layout) -> None:
-        super().__init__(scheduler, target)
+    def __init__(self, scheduler: Scheduler, target: Layout, *, elastic: bool) -> None:
+        super().__init__(scheduler, target, elastic=elastic)
         self._targets: Sequence[GroupScheduler] = scheduler.new_groups(target)
         # Kept groups too: paused requests may lie on their devices.
-        self._migration = scheduler.migration(self._targets)
+        self._migration = scheduler.migration(self._targets, elastic=elastic)
         self._steps_left: int | None = None
         self._blocks_short = False  # running requests needed blocks that copies would take
         self._ready = False
@@ -239,7 +242,7 @@ class Migrate(LayoutSwitch):
         Raises:
             LayoutError: a request holds more than its new groups can.
         """
-        self.scheduler.check_cutover(self.target, moving)
+        self.scheduler.check_cutover(self, moving)
         self.scheduler.install(self.target, self._targets)
         self._migration.cut_over(moving, self.scheduler.give_up)
         self.scheduler.forget_resumed()

@@ -87,18 +87,20 @@ class LLM:
         assert output.prompt_logprobs is not None
         return np.asarray(output.prompt_logprobs, np.float32)
 
-    def switch(self, layout: str, strategy: str | None = None) -> SwitchReport:
+    def switch(self, layout: str, strategy: str | None = None, policy: str | None = None) -> SwitchReport:
         """Changes the layout and pins it; callable from another thread while :meth:`generate` runs.
 
         Args:
             strategy: what becomes of running requests, see :class:`fly_jax.outputs.SwitchStrategy`; None: what
                 ``switch_strategy`` says.
+            policy: takes over from there, as with :meth:`set_policy`; None: the layout stays pinned.
 
         Raises:
             LayoutError: the layout does not fit the devices.
-            ConfigError: there is no such strategy.
+            ConfigError: there is no such strategy or policy; or the switch was made and the policy cannot take over.
         """
-        return self._thread.switch(layout, strategy_named(strategy)).result()
+        named = None if policy is None else policy_named(policy)
+        return self._thread.switch(layout, strategy_named(strategy), named).result()
 
     def set_policy(self, policy: str) -> str:
         """Hands the choice of the layout to the engine (``auto``), or pins the one in force (``static``).

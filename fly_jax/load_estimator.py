@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from heapq import nsmallest
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from fly_jax.load import GroupLoad, Load, RequestLoad
 
 if TYPE_CHECKING:
     from fly_jax.request import Request
+    from fly_jax.request_queue import RequestQueue
     from fly_jax.scheduler import Scheduler
 
 # An arrival's weight falls to 1/e in this many seconds: long enough to average some tens of requests at the rates at
@@ -28,6 +30,7 @@ FIRST_GUESS = 128
 MEAN_OVER = 32
 # Waiting requests that a decision looks at: more are backlog enough for every layout, and would cost it milliseconds.
 WAITING_SEEN = 256
+WIDE_SEEN = 16
 
 
 class LoadEstimator:
@@ -129,7 +132,7 @@ def load_of(scheduler: Scheduler, rates: tuple[float, float], now: float, last_s
         now=now,
         layout=scheduler.layout,
         groups=groups,
-        waiting=_requests(list(islice(scheduler.waiting, WAITING_SEEN))),
+        waiting=_requests(_waiting_seen(scheduler.waiting)),
         paused=tuple(
             each._replace(holder=request.held_table.group)
             for each, request in zip(_requests(scheduler.paused), scheduler.paused, strict=True)
@@ -138,6 +141,15 @@ def load_of(scheduler: Scheduler, rates: tuple[float, float], now: float, last_s
         output_rate=rates[1],
         last_switch=last_switch,
     )
+
+
+def _waiting_seen(queue: RequestQueue) -> list[Request]:
+    """The head of the queue; of those behind it the oldest, and those that only some layouts serve."""
+    head = list(islice(queue, WAITING_SEEN))
+    if len(queue) == len(head):
+        return head
+    behind = [request for request in islice(queue, WAITING_SEEN, None) if request.min_width > 1]
+    return list(dict.fromkeys([*head, *queue.oldest(1), *nsmallest(WIDE_SEEN, behind, key=lambda each: each.order)]))
 
 
 def _requests(requests: Sequence[Request]) -> tuple[RequestLoad, ...]:

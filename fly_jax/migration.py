@@ -186,6 +186,7 @@ class Migration:
     def forget(self, request: Request) -> None:
         """Gives back what is reserved for a request that has ended or lost its KV."""
         self._planned = None
+        self.placement.forget(request)
         if (copy := self._copies.pop(request, None)) is not None:
             self._reserved[copy.table.group] -= 1
             self.kv.release(copy.table)

@@ -103,14 +103,13 @@ class SwitchReport:
         precopy_seconds: time during which KV was copied while the old groups went on.
         cutover_seconds: on the host, from the last old step launched to the first new one, relayout launches included.
         worst_gap_seconds: the longest that any stream in flight went without a token across the switch.
-        weight_bytes_moved: always 0: views are re-wrapped, never copied.
         requests_moved: requests whose KV was moved to another group.
         requests_paused: requests that kept their KV in place and paused.
-        requests_adopted, kv_bytes_adopted: of the paused, those whose KV was moved later, so that they could go on.
-        kv_bytes_moved, kv_blocks_moved: what relayouts moved, pre-copies included.
-        kv_bytes_precopied: moved while the old groups went on.
+        requests_adopted: of the paused, those whose KV was moved later, so that they could go on.
+        kv_bytes_moved, kv_blocks_moved: what relayouts moved.
+        kv_bytes_precopied, kv_bytes_adopted: of that, while the old groups went on, and later for paused requests.
         relayout_launches: programs launched for that, on all groups together.
-        tokens_recomputed: of requests that had to give up their KV at the switch.
+        tokens_recomputed: of requests that had to give up their KV at the switch, or while they were paused.
         requests_waiting: requests that were queued when the switch completed.
         settled: every request that ran across the switch has gone on: only those of paused requests may still change
             a figure, the worst gap and what was adopted.
@@ -125,7 +124,6 @@ class SwitchReport:
     precopy_seconds: float = 0.0
     cutover_seconds: float = 0.0
     worst_gap_seconds: float = 0.0
-    weight_bytes_moved: int = 0
     requests_moved: int = 0
     requests_paused: int = 0
     requests_adopted: int = 0

@@ -29,6 +29,10 @@ class Placement:
         """The group chosen for a request."""
         return self._homes[request]
 
+    def forget(self, request: Request) -> None:
+        """Takes a request's home away: when it comes back its KV may be elsewhere."""
+        self._homes.pop(request, None)
+
     def eligible(self, request: Request) -> list[GroupScheduler]:
         """Targets that are as wide as asked for, or the widest, and hold the request as long as any of them does."""
         near = [target for target in self.targets if target.group.overlaps(request.held_table.group)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterator
+from heapq import nsmallest
 
 from fly_jax.request import Request
 
@@ -40,11 +41,14 @@ class RequestQueue:
         """The first by rank among the others; None if there are none."""
         return next((request for request in self._requests if request not in passed_over), None)
 
-    def oldest_in_turn(self) -> Request | None:
-        """The oldest request when its turn has come; it is tried before all others until it starts."""
-        if self._starts_since_turn < FAIR_TURN - 1:
-            return None
-        return min(self._requests, key=lambda request: request.order, default=None)
+    @property
+    def turn_has_come(self) -> bool:
+        """The oldest request that can start goes before all others, until it has started."""
+        return self._starts_since_turn >= FAIR_TURN - 1
+
+    def oldest(self, count: int) -> list[Request]:
+        """So many of the oldest, whatever their rank."""
+        return nsmallest(count, self._requests, key=lambda request: request.order)
 
     def took_turn(self, request: Request) -> None:
         """The oldest has started in its turn; those that it went before for its age cannot displace it."""

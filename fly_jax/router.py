@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from fly_jax.group_scheduler import GroupScheduler
@@ -22,33 +22,40 @@ class Router:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
 
-    def start_waiting(self) -> None:
+    def start_waiting(self, taken: Collection[DeviceGroup]) -> None:
         """Starts waiting requests, each in its turn.
 
         A request that finds no room keeps the group that has most of it: those behind it may only start elsewhere.
+
+        Args:
+            taken: groups whose places are kept for others.
         """
         switch, waiting = self.scheduler.switch, self.scheduler.waiting
-        kept: set[DeviceGroup] = set()
+        kept = set(taken)
         passed_over: set[Request] = set()
         turn_taken = False
         if switch is not None:
             # However many wait before them: nobody else may start where a drain waits for them.
             for returning in switch.returning():
                 self._start_or_pass(returning, kept, passed_over)
-            kept.intersection_update(switch.dissolving)
+            kept.intersection_update({*switch.dissolving, *taken})
         while len(kept) < len(self.scheduler.groups) and len(passed_over) < LOOK_AHEAD:
-            if not turn_taken and (oldest := waiting.oldest_in_turn()) is not None:
+            if not turn_taken and waiting.turn_has_come:
                 turn_taken = True
-                self._start_in_turn(oldest, kept)
+                self._start_oldest(kept)
             request = waiting.next(passed_over)
             if request is None:
                 break
             self._start_or_pass(request, kept, passed_over)
 
-    def _start_in_turn(self, oldest: Request, kept: set[DeviceGroup]) -> None:
-        """The oldest goes first, but keeps a group from others only when it has waited too long."""
-        if not oldest.num_pending and self._start(oldest, kept if self.scheduler.impatient(oldest) else set()):
-            self.scheduler.waiting.took_turn(oldest)
+    def _start_oldest(self, kept: set[DeviceGroup]) -> None:
+        """The oldest that some group could take goes first; it keeps that only when it has waited too long."""
+        waiting = self.scheduler.waiting
+        oldest = next((each for each in waiting.oldest(LOOK_AHEAD) if self._choices(each)), None)
+        if oldest is None or oldest.num_pending:
+            return
+        if self._start(oldest, kept if self.scheduler.impatient(oldest) else set(kept)):
+            waiting.took_turn(oldest)
 
     def _start_or_pass(self, request: Request, kept: set[DeviceGroup], passed_over: set[Request]) -> None:
         # A request that was preempted with a token still on the device needs its id to be recomputed.

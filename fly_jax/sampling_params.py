@@ -57,8 +57,11 @@ class SamplingParams:
     tensor_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs", "priority", "tensor_parallel_size"):
+        for name in ("top_k", "min_tokens", "priority"):
             self._set(name, _as_integer(name, getattr(self, name)))
+        for name in ("max_tokens", "seed", "logprobs", "tensor_parallel_size"):
+            if getattr(self, name) is not None:
+                self._set(name, _as_integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p"):
             self._set(name, _as_number(name, getattr(self, name)))
         for name in ("ignore_eos", "prompt_logprobs", "skip_special_tokens"):
@@ -104,10 +107,8 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
-def _as_integer(name: str, value: object) -> int | None:
-    """A plain int from any integer type; None stays None."""
-    if value is None:
-        return None
+def _as_integer(name: str, value: object) -> int:
+    """A plain int from any integer type."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise InvalidRequestError(f"{name} must be an integer, got {value!r}", param=name)
     return operator.index(value)

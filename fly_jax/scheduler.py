@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 
 from fly_jax.errors import ContextLengthError, InvalidRequestError, LayoutError, QueueFullError
 from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan, release
@@ -76,7 +77,9 @@ class Scheduler:
 
     def width_limit(self) -> int:
         """The largest TP degree that a request can get."""
-        return self.widest if self.elastic else (self.target or self.layout).widest
+        if self.switch is None:
+            return self.widest if self.elastic else self.layout.widest
+        return self.widest if self.switch.elastic else self.switch.target.widest
 
     def check(self, prompt_tokens: int, min_width: int = 1, *, bounded: bool = True) -> None:
         """Refuses a request that could never run, or one too many.
@@ -146,26 +149,36 @@ class Scheduler:
         request.state, request.held_up_since = RequestState.PAUSED, self.passes
         self.paused.append(request)
 
-    def place(self, request: Request) -> None:
+    def place(self, request: Request, *, elastic: bool | None = None) -> None:
         """Sets how long a request may become in its group.
 
         A request alone in its group can then always grow to its end: preemption never goes round in circles.
         """
-        capacity = self.reach_tokens(request.held_table.group)
+        capacity = self.reach_tokens(request.held_table.group, elastic=elastic)
         request.max_tokens = min(request.limit, capacity - len(request.prompt_ids))
 
-    def reach_tokens(self, group: DeviceGroup) -> int:
-        """Longest context of a request that starts in a group: the pools of the widest that it can be moved to."""
-        return self.kv.spec.capacity_tokens(self._reach[group] if self.elastic else group.size)
+    def reach_tokens(self, group: DeviceGroup, *, elastic: bool | None = None) -> int:
+        """Longest context of a request that starts in a group: the pools of the widest that it can be moved to.
+
+        Args:
+            elastic: None: as it is now.
+        """
+        widens = self.elastic if elastic is None else elastic
+        return self.kv.spec.capacity_tokens(self._reach[group] if widens else group.size)
 
     # -- steps ------------------------------------------------------------------------------------------------
 
     def route(self) -> None:
-        """Starts waiting requests, each in its turn, and paused ones whose groups' successors are idle."""
+        """Starts waiting requests, each in its turn, and paused ones whose groups' successors are idle.
+
+        Paused ones that have waited too long go first: until they have their places, nobody else starts there.
+        """
         self.passes += 1
-        self._router.start_waiting()
-        if self.paused and (self.switch is None or self.switch.adopts):
-            self._adopt_paused()
+        adopts = self.switch is None or self.switch.adopts
+        kept = self._adopt_overdue() if self.paused and adopts else set()
+        self._router.start_waiting(kept)
+        if self.paused and adopts:
+            self._adopt_idle()
 
     def schedule(self, group: DeviceGroup) -> StepPlan | None:
         """The group's next step, or None."""
@@ -190,7 +203,7 @@ class Scheduler:
         """Starts a change of layout, which :meth:`advance_switch` carries on.
 
         Args:
-            elastic: whether the layout may widen again for requests that need it.
+            elastic: whether the layout, once it is there, may widen again for requests that need it.
 
         Raises:
             LayoutError: another switch is under way, or an accepted request fits no group of ``target``.
@@ -198,8 +211,7 @@ class Scheduler:
         if self.switch is not None:
             raise LayoutError(f"a switch to {self.target} is under way: ask for {target} when it has ended")
         self._check_may_switch(target, strategy, elastic=elastic)
-        self.set_elastic(elastic)
-        self.switch = STRATEGIES[strategy](self, target)
+        self.switch = STRATEGIES[strategy](self, target, elastic=elastic)
 
     def prepare_switch(self) -> None:
         """Plans ahead of :meth:`advance_switch`, between scheduling and launching steps."""
@@ -223,6 +235,7 @@ class Scheduler:
         if not done:
             return None
         self.switch = None
+        self.set_elastic(switch.elastic)
         return switch
 
     def hasten_switch(self) -> None:
@@ -232,10 +245,10 @@ class Scheduler:
             LayoutError: a request would not fit; the drain goes on.
         """
         assert self.switch is not None
-        target = self.switch.target
-        self._check_may_switch(target, SwitchStrategy.MIGRATE, elastic=self.elastic)
+        target, elastic = self.switch.target, self.switch.elastic
+        self._check_may_switch(target, SwitchStrategy.MIGRATE, elastic=elastic)
         self.switch.cancel()
-        self.switch = STRATEGIES[SwitchStrategy.MIGRATE](self, target)
+        self.switch = STRATEGIES[SwitchStrategy.MIGRATE](self, target, elastic=elastic)
 
     def cancel_switch(self) -> None:
         """Leaves the layout as it is; every request goes on."""
@@ -259,18 +272,18 @@ class Scheduler:
             LayoutError: naming the request.
         """
         self._check_waiting(self.layout)
-        for group in self.groups.values():
-            self._check_capacity(group.running, group.group.size)
+        self._check_staying(self.groups)
 
-    def check_cutover(self, target: Layout, requests: Iterable[Request]) -> None:
+    def check_cutover(self, switch: LayoutSwitch, moving: Iterable[Request]) -> None:
         """Refuses a layout that requests, running and preempted, have outgrown since the switch to it began.
 
         Raises:
             LayoutError: naming the request.
         """
-        if not self.elastic:
-            self._check_waiting(target)
-        self.check_fits(target, requests)
+        if not switch.elastic:
+            self._check_waiting(switch.target)
+            self._check_staying([group for group in self.groups if group not in switch.dissolving])
+        self.check_fits(switch.target, moving)
 
     def check_fits(self, target: Layout, requests: Iterable[Request]) -> None:
         """Refuses a layout whose groups on a request's devices are all too small for it.
@@ -297,9 +310,14 @@ class Scheduler:
             self.groups.get(group) or GroupScheduler(group, self.limits, self.kv, self.slots) for group in layout.groups
         ]
 
-    def migration(self, targets: Sequence[GroupScheduler]) -> Migration:
-        """A way into these groups."""
-        return Migration(targets, self.kv, self.mover, self.place, self.reach_tokens)
+    def migration(self, targets: Sequence[GroupScheduler], *, elastic: bool) -> Migration:
+        """A way into these groups.
+
+        Args:
+            elastic: whether the layout may widen for requests once they are there.
+        """
+        place, reach = partial(self.place, elastic=elastic), partial(self.reach_tokens, elastic=elastic)
+        return Migration(targets, self.kv, self.mover, place, reach)
 
     def forget_resumed(self) -> None:
         """Takes requests that a migration has put into groups off the paused ones."""
@@ -315,13 +333,17 @@ class Scheduler:
         if not elastic:
             self._check_waiting(target)
         moves = strategy in (SwitchStrategy.MIGRATE, SwitchStrategy.HARD_PREEMPT)
-        for group in self.groups.values():
-            stays = group.group in target.groups or not moves
-            if stays and self.elastic and not elastic:
-                self._check_capacity(group.running, group.group.size)
-            elif not stays:
-                self.check_fits(target, group.running)
+        staying = [group for group in self.groups if group in target.groups or not moves]
+        if self.elastic and not elastic:
+            self._check_staying(staying)
+        for group, each in self.groups.items():
+            if group not in staying:
+                self.check_fits(target, each.running)
         self.check_fits(target, self.paused)
+
+    def _check_staying(self, groups: Iterable[DeviceGroup]) -> None:
+        for group in groups:
+            self._check_capacity(self.groups[group].running, group.size)
 
     def _check_waiting(self, layout: Layout) -> None:
         capacity = self.kv.spec.capacity_tokens(layout.widest)
@@ -343,25 +365,44 @@ class Scheduler:
 
     # -- paused requests --------------------------------------------------------------------------------------
 
-    def _adopt_paused(self) -> None:
-        """Paused requests go on where their group's successors have nothing to do, or when they waited too long.
+    def _adopt_idle(self) -> None:
+        """Paused requests go on where their group's successors have nothing to do."""
+        idle = {group for group, each in self.groups.items() if not each.running}
+        for source, requests in self._paused_by_group():
+            if idle.issuperset(self._successors(source)):
+                self._adopt(source, requests)
+
+    def _adopt_overdue(self) -> set[DeviceGroup]:
+        """Paused requests go on where they have waited too long; returns the groups that those left are in line for."""
+        kept: set[DeviceGroup] = set()
+        for source, requests in self._paused_by_group():
+            if any(self.impatient(request) for request in requests):
+                self._adopt(source, requests)
+                if any(request.state is RequestState.PAUSED for request in requests):
+                    kept.update(self._successors(source))
+        return kept
+
+    def _paused_by_group(self) -> list[tuple[DeviceGroup, list[Request]]]:
+        sources = sorted({request.held_table.group for request in self.paused})
+        return [(group, [each for each in self.paused if each.held_table.group == group]) for group in sources]
+
+    def _successors(self, source: DeviceGroup) -> list[DeviceGroup]:
+        """The groups that are in the place of one that is no more."""
+        return [group for group in self.groups if group.overlaps(source)]
+
+    def _adopt(self, source: DeviceGroup, requests: Sequence[Request]) -> None:
+        """Moves paused requests into the groups in the place of theirs, as far as there is room.
 
         Nothing can be placed beside them only when they hold all blocks themselves: then the last one gives way.
         """
-        idle = {group for group, each in self.groups.items() if not each.running}
-        for source in sorted({request.held_table.group for request in self.paused}):
-            requests = [request for request in self.paused if request.held_table.group == source]
-            successors = [each for each in self.groups.values() if each.group.overlaps(source)]
-            nothing_to_do = idle.issuperset(each.group for each in successors)
-            if not nothing_to_do and not any(self.impatient(request) for request in requests):
-                continue
-            empty = not any(each.running for each in successors)  # those of another group may be there by now
-            migration = self.migration(successors)
-            migration.cut_over(requests, self.give_up if empty else None)
-            self.forget_resumed()
-            if self.switch is not None:
-                self.switch.adopted([request for request in requests if request.state is RequestState.RUNNING])
-            self._adopted.append(migration.totals)
+        successors = [self.groups[group] for group in self._successors(source)]
+        empty = not any(each.running for each in successors)  # those of another group may be there by now
+        migration = self.migration(successors, elastic=self.elastic)
+        migration.cut_over(requests, self.give_up if empty else None)
+        self.forget_resumed()
+        if self.switch is not None:
+            self.switch.adopted([request for request in requests if request.state is RequestState.RUNNING])
+        self._adopted.append(migration.totals)
 
     def impatient(self, request: Request) -> bool:
         """It has been held up for longer than anybody should."""

@@ -131,6 +131,10 @@ class SwitchLog:
                 pausing[-1],
                 requests_adopted=report.requests_adopted + totals.requests,
                 kv_bytes_adopted=report.kv_bytes_adopted + totals.bytes_moved,
+                kv_bytes_moved=report.kv_bytes_moved + totals.bytes_moved,
+                kv_blocks_moved=report.kv_blocks_moved + totals.blocks_moved,
+                relayout_launches=report.relayout_launches + totals.launches,
+                tokens_recomputed=report.tokens_recomputed + totals.tokens_recomputed,
             )
 
     def switched(

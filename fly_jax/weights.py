@@ -41,6 +41,12 @@ class WeightsManager:
         """Bytes of weights on all devices together; the same in every layout."""
         return sum(array.nbytes for buffers in self.resident for array in buffers.values())
 
+    def addresses(self, group: DeviceGroup) -> dict[int, int]:
+        """Where the bytes of a group's views lie: address -> bytes. A change of layout leaves them there."""
+        leaves = (*self.decoder(group), *self.head(group))
+        shards = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
+        return {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}
+
     def decoder(self, group: DeviceGroup) -> tuple[Array, ...]:
         """The decoder's leaves as the group sees them."""
         return self._wrap(group, self.spec.decoder)

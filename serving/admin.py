@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 
-from fly_jax.errors import ConfigError
-from fly_jax.outputs import SwitchReport
+from fly_jax.errors import ConfigError, LayoutError
+from fly_jax.layout_control import CANONICAL, STATIC
 from serving.engine_client import EngineClient
 from serving.errors import AUTHENTICATION, PERMISSION, ApiError
 from serving.middleware import bearer_token, same_secret
@@ -68,25 +68,29 @@ async def set_layout(body: LayoutRequest, request: Request) -> dict[str, Any]:
     """Returns when the switch is complete. Whoever asked may leave meanwhile: a switch begun is carried through."""
     engine = state_of(request).engine
     if body.layout is not None:
-        report = await engine.switch(body.layout, body.strategy)
-        return {**dataclasses.asdict(report), "policy": await _policy_after(engine, report, body.policy)}
+        return await _switch(engine, body.layout, body.strategy, body.policy)
     assert body.policy is not None
-    policy = await _set_policy(engine, body.policy)
+    try:
+        policy = await engine.set_policy(body.policy)
+    except ConfigError as error:
+        raise _invalid_policy(error) from error
     return {"layout": (await engine.stats()).layout, "policy": policy}
 
 
-async def _policy_after(engine: EngineClient, report: SwitchReport, policy: str | None) -> str:
-    """The switch itself has pinned the layout; any other policy takes over from there."""
-    if policy is None or policy == "static":
-        return (await engine.stats()).policy
-    return await _set_policy(engine, policy, f"the layout is {report.target} now and stays: ")
-
-
-async def _set_policy(engine: EngineClient, policy: str, so_far: str = "") -> str:
+async def _switch(engine: EngineClient, layout: str, strategy: str | None, policy: str | None) -> dict[str, Any]:
     try:
-        return await engine.set_policy(policy)
-    except ConfigError as error:
-        raise ApiError(400, f"{so_far}{error}", param="policy", code="invalid_policy") from error
+        report = await engine.switch(layout, strategy, policy)
+    except LayoutError:
+        raise
+    except ConfigError as error:  # names were checked with the body: the switch was made, the policy cannot follow it
+        raise _invalid_policy(error) from error
+    # Asking the engine for it could find what somebody else has asked for since.
+    after = STATIC if policy is None else CANONICAL.get(policy, policy)
+    return {**dataclasses.asdict(report), "policy": after}
+
+
+def _invalid_policy(error: ConfigError) -> ApiError:
+    return ApiError(400, str(error), param="policy", code="invalid_policy")
 
 
 def _has_key(request: Request, admin_key: str) -> bool:

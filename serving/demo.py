@@ -168,9 +168,11 @@ def run_demo(url: str | None, concurrency: int, admin_key: str | None, strategy:
         0 if every request ended and the recall answers were as good as the model is, else 1.
 
     Raises:
-        ConfigError: the server cannot be reached or refuses to switch.
+        ConfigError: nothing would be sent, or the server cannot be reached or refuses to switch.
         FlyJaxError: a request failed.
     """
+    if concurrency < 1:
+        raise ConfigError(f"--requests must be at least 1, got {concurrency}")
     console = Console()
     with contextlib.ExitStack() as stack:
         if url is None:

@@ -73,12 +73,15 @@ class EngineClient(Protocol):
 
     async def abort(self, request_id: str, /) -> None: ...
 
-    async def switch(self, layout: str, strategy: str | None, /) -> SwitchReport:
+    async def switch(self, layout: str, strategy: str | None, policy: str | None, /) -> SwitchReport:
         """Changes the layout while requests run and pins it; without a strategy, by the engine's default one.
+
+        Args:
+            policy: takes over from there, before any other switch begins; None: the layout stays pinned.
 
         Raises:
             LayoutError: the layout is malformed or does not fit the devices.
-            ConfigError: there is no such strategy.
+            ConfigError: there is no such strategy or policy; or the switch was made and the policy cannot take over.
         """
         ...
 

@@ -26,7 +26,6 @@ _MAX_INT = 2**63 - 1
 
 Prompt = str | list[int]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-Int64 = Annotated[int, Field(ge=-_MAX_INT - 1, le=_MAX_INT)]
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 # Ids are written to logs, where a line break or a control character would be somebody else's line.
 PlainId = Annotated[str, Field(max_length=MAX_NAME_CHARS, pattern=r"^[\x21-\x7e]+$")]
@@ -35,6 +34,18 @@ PlainId = Annotated[str, Field(max_length=MAX_NAME_CHARS, pattern=r"^[\x21-\x7e]
 def invalid(message: str) -> PydanticCustomError:
     """An error whose message pydantic passes on as it is; ``{}`` in what a client sent must not be a template."""
     return PydanticCustomError("invalid_value", "{reason}", {"reason": message})
+
+
+def refuse_boolean(value: Any) -> Any:
+    """``true`` is 1 to pydantic, and to a client a field that it has mistaken for another."""
+    if isinstance(value, bool):
+        raise invalid(f"must be an integer, got {str(value).lower()}")
+    return value
+
+
+NOT_BOOLEAN = BeforeValidator(refuse_boolean)
+Integer = Annotated[int, NOT_BOOLEAN]
+Int64 = Annotated[int, Field(ge=-_MAX_INT - 1, le=_MAX_INT), NOT_BOOLEAN]
 
 
 def require_text(value: Any, what: str = "value") -> str:
@@ -168,7 +179,7 @@ PromptsField = Annotated[
 ]
 StopField = Annotated[tuple[str, ...], PlainValidator(parse_stop, json_schema_input_type=str | list[str] | None)]
 ContentField = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[dict[str, str]])]
-StopTokenIdsField = Annotated[list[int] | None, AfterValidator(parse_stop_token_ids)]
+StopTokenIdsField = Annotated[list[Integer] | None, AfterValidator(parse_stop_token_ids)]
 PolicyField = Annotated[str, AfterValidator(parse_policy), Field(json_schema_extra={"enum": list(POLICIES)})]
 TemplateKwargsField = Annotated[
     dict[str, Any], BeforeValidator(parse_template_kwargs, json_schema_input_type=dict[str, Any] | None)

@@ -16,13 +16,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fly_jax.outputs import EngineStats, SwitchReport, SwitchStrategy
+from fly_jax.outputs import EngineStats, FinishReason, SwitchReport, SwitchStrategy
+from fly_jax.policy import DecisionKind
 
 MODEL = "model_name"
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 CUTOVER_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+# What the policy may decide, and what may become of it; holding the layout is no decision to count.
+DECISIONS = (*(kind.value for kind in DecisionKind if kind is not DecisionKind.HOLD), "refused", "given_up")
 
 
 class EngineCollector(Collector):
@@ -38,14 +41,7 @@ class EngineCollector(Collector):
             return
         yield from self._gauges(stats)
         yield from self._counters(stats)
-        yield self._labelled_counter(
-            "vllm:request_success", "Requests by the reason they ended.", "finished_reason", stats.requests_finished
-        )
-        switches = {strategy.value: 0 for strategy in SwitchStrategy} | stats.switches
-        yield self._labelled_counter("fly:switches", "Changes of layout by strategy.", "strategy", switches)
-        yield self._labelled_counter(
-            "fly:layout_decisions", "What the layout policy decided.", "decision", stats.decisions
-        )
+        yield from self._labelled_counters(stats)
         yield self._info("fly:layout_info", "1 for the layout in use.", "layout", stats.layout)
         yield self._info("fly:policy_info", "1 for the layout policy in force.", "policy", stats.policy)
         if stats.last_switch is not None:
@@ -59,6 +55,16 @@ class EngineCollector(Collector):
         yield self._gauge(
             "fly:compiles_after_warmup", "Compiles while serving; must stay 0.", stats.compiles_after_warmup
         )
+
+    def _labelled_counters(self, stats: EngineStats) -> Iterator[Metric]:
+        """Every series from the start, at 0: a rate over one that appears with its first event misses that event."""
+        for name, text, label, known, counts in (
+            ("vllm:request_success", "Requests by the reason they ended.", "finished_reason",
+             FinishReason, stats.requests_finished),
+            ("fly:switches", "Changes of layout by strategy.", "strategy", SwitchStrategy, stats.switches),
+            ("fly:layout_decisions", "What the layout policy decided.", "decision", DECISIONS, stats.decisions),
+        ):  # fmt: skip
+            yield self._labelled_counter(name, text, label, {str(key): 0 for key in known} | counts)
 
     def _last_switch(self, report: SwitchReport) -> Iterator[Metric]:
         for name, text, value in (

@@ -16,11 +16,13 @@ from fly_jax.outputs import SwitchStrategy
 from fly_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from serving.fields import (
     HARMLESS,
+    NOT_BOOLEAN,
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     ContentField,
     FiniteFloat,
     Int64,
+    Integer,
     Name,
     PlainId,
     PolicyField,
@@ -39,7 +41,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 T = TypeVar("T")
 _unknown_fields = UnknownFieldLog()
-TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), NOT_BOOLEAN]
 
 
 class Body(BaseModel):
@@ -68,7 +70,7 @@ class GenerationBody(Body):
     prompt_field: ClassVar[str] = "prompt"
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N), NOT_BOOLEAN] | None = None
     max_tokens: Int64 | None = None
     temperature: FiniteFloat | None = None
     top_p: FiniteFloat | None = None
@@ -135,7 +137,7 @@ class CompletionRequest(GenerationBody):
 
     prompt: PromptsField
     logprobs: TopLogprobs | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Integer | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
@@ -252,7 +254,7 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Integer]
 
 
 class LayoutRequest(Body):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fly_jax.bench import switch
-from fly_jax.errors import FlyJaxError
-from fly_jax.outputs import SwitchStrategy
+from fly_jax.cli import STRATEGIES, Parser
+from fly_jax.errors import ConfigError, FlyJaxError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _switch(options: argparse.Namespace) -> int:
+    if options.devices & (options.devices - 1):
+        raise ConfigError(f"--devices must be a power of two, got {options.devices}")
+    return switch.run(options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fly_jax.bench", description=__doc__)
+    parser = Parser(prog="python -m fly_jax.bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_switch(commands.add_parser("switch", help="what each way of changing the layout costs streams in flight"))
     return parser
@@ -38,20 +44,24 @@ def _add_switch(parser: argparse.ArgumentParser) -> None:
         "Keeps streams in flight, changes the layout under them with each strategy, and prints what that cost: "
         "between every two uniform layouts and two mixed ones, or between those given by --switch."
     )
-    parser.set_defaults(command=switch.run)
+    parser.set_defaults(command=_switch)
     parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the bundled demo model)")
-    parser.add_argument("--devices", type=int, default=8, help="devices; on CPU that many virtual ones (8)")
-    parser.add_argument("--streams", type=int, default=16, help="requests in flight at each switch (16)")
-    parser.add_argument("--repeat", type=int, default=3, help="times that each switch is made (3)")
+    parser.add_argument(
+        "--devices", type=int, default=8, help="devices; on CPU that many virtual ones (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--streams", type=int, default=16, help="requests in flight at each switch (default: %(default)s)"
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="times that each switch is made (default: %(default)s)")
     parser.add_argument(
         "--switch", action="append", metavar="FROM,TO", help="only this switch, such as dp8,4+2+2; may be repeated"
     )
-    parser.add_argument(
-        "--strategy", action="append", choices=tuple(SwitchStrategy), help="only this one; may be repeated"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts' lengths (0)")
+    parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="only this one; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts' lengths (default: %(default)s)")
     parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
-    parser.add_argument("--result-dir", type=Path, default=Path("bench/results"), help="where to (bench/results)")
+    parser.add_argument(
+        "--result-dir", type=Path, default=Path("bench/results"), help="where to (default: %(default)s)"
+    )
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     assert plan.rows
     assert len({id(row.request) for row in plan.rows}) == len({row.slot for row in plan.rows}) == len(plan.rows)
     assert len(plan.rows) <= limits.max_num_seqs * plan.group.size // scheduler.kv.base_tp
-    assert plan.num_tiled_tokens <= limits.tile_budget
+    assert plan.num_tiled_tokens <= limits.tile_budget(plan.group.size, scheduler.kv.base_tp)
     assert all(row.count == 1 for row in plan.decodes)
     assert all(row.count >= 1 for row in plan.prefills)
 

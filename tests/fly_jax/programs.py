@@ -29,7 +29,7 @@ def shapes_of_8b(num_layers: int, max_tp: int) -> ProgramShapes:
     spec = model_spec(config, max_tp, jnp.dtype("bfloat16"))
     kv = KVCacheSpec(NUM_BLOCKS, 16, num_layers, spec.partition.kv_heads, config.head_dim, 2)
     return ProgramShapes(
-        spec, kv, jnp.dtype("bfloat16"), max_model_len=8192, max_num_seqs=8, tile_budget=128,
+        spec, kv, jnp.dtype("bfloat16"), max_model_len=8192, max_num_seqs=8, max_num_batched_tokens=128,
         num_devices=max_tp, base_tp=1,
     )  # fmt: skip
 

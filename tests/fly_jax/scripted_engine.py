@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from fly_jax.engine import Engine
 from fly_jax.engine_thread import EngineThread
-from fly_jax.errors import ContextLengthError, EngineDeadError, LayoutError
+from fly_jax.errors import ConfigError, ContextLengthError, EngineDeadError, LayoutError
 from fly_jax.layout import Layout
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
@@ -29,15 +29,19 @@ class ScriptedEngine:
         self.failure: Exception | None = None
         self.live: dict[str, int] = {}
         self.ticket: SwitchTicket | None = None
+        self.unsettled: list[SwitchTicket] = []
         self.strategy = SwitchStrategy.MIGRATE
+        self.policy = "load_adaptive"
         self.switches = 0
+        self.steps = 0
+        self.stalled = False
         self.layout = Layout((1,))
         self.control = SimpleNamespace(parse=_parse)
         self.threads: set[str] = set()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.live) or self.switching
+        return bool(self.live) or self.switching or bool(self.unsettled)
 
     @property
     def switching(self) -> bool:
@@ -65,29 +69,43 @@ class ScriptedEngine:
             raise LayoutError(f"layout {text} is in force")
         self.ticket = SwitchTicket(self.layout, target, "asked for", 0.0)
         self.strategy = strategy or SwitchStrategy.MIGRATE
+        self.policy = "static"
         return self.ticket
 
+    def set_policy(self, name: str) -> str:
+        assert self.ticket is None
+        if name == "unfit":
+            raise LayoutError("a request needs a wider group")
+        if name == "unknown":
+            raise ConfigError("there is no policy 'unknown'")
+        self.policy = name
+        return name
+
     def _end_switch(self, ticket: SwitchTicket) -> None:
-        """The last step of a switch: it happens, or is refused because of what requests did meanwhile."""
-        self.ticket, ticket.settled = None, True
+        """The last step but one of a switch: it happens, or is refused because of what requests did meanwhile."""
+        self.ticket = None
         if ticket.target.degrees == (3,):
-            ticket.error = LayoutError("a request has grown")
+            ticket.error, ticket.settled = LayoutError("a request has grown"), True
             return
+        self.unsettled.append(ticket)
         self.switches += 1
         ticket.report = SwitchReport(self.switches, str(self.layout), str(ticket.target), self.strategy)
         self.layout = ticket.target
 
     def step(self) -> list[RequestDelta]:
         self.threads.add(threading.current_thread().name)
+        self.steps += 1
         if self.held:
             self.entered.release()
             assert self.may_step.acquire(timeout=TIMEOUT)
         if self.failure is not None:
             raise self.failure
-        if self.ticket is not None:
+        while self.unsettled:
+            self.unsettled.pop().settled = True
+        if self.ticket is not None and not self.stalled:
             self._end_switch(self.ticket)
         deltas = []
-        for name in list(self.live):
+        for name in [] if self.stalled else list(self.live):
             self.live[name] -= 1
             reason = None if self.live[name] else FinishReason.LENGTH
             deltas.append(RequestDelta(name, token_ids=(self.live[name],), finish_reason=reason))

@@ -12,8 +12,8 @@ limits = st.builds(SchedulerLimits, st.integers(1, 2000), st.integers(1, 20000))
 
 @given(limits)
 def test_the_last_bucket_holds_the_largest_step_and_sizes_ascend(limits: SchedulerLimits) -> None:
-    buckets = Buckets.of(limits.max_num_seqs, limits.tile_budget)
-    for sizes, most in ((buckets.rows, limits.max_num_seqs), (buckets.tokens, limits.tile_budget)):
+    buckets = Buckets.of(limits.max_num_seqs, limits.tile_budget(1, 1))
+    for sizes, most in ((buckets.rows, limits.max_num_seqs), (buckets.tokens, limits.tile_budget(1, 1))):
         assert sizes[-1] >= most
         assert list(sizes) == sorted(set(sizes))
     assert all(size % TILE_TOKENS == 0 for size in buckets.tokens)
@@ -21,7 +21,7 @@ def test_the_last_bucket_holds_the_largest_step_and_sizes_ascend(limits: Schedul
 
 @given(limits, st.data())
 def test_a_step_runs_in_the_smallest_bucket_that_holds_it(limits: SchedulerLimits, data: st.DataObject) -> None:
-    sizes = Buckets.of(limits.max_num_seqs, limits.tile_budget).tokens
+    sizes = Buckets.of(limits.max_num_seqs, limits.tile_budget(1, 1)).tokens
     needed = data.draw(st.integers(1, sizes[-1]))
     picked = Buckets.pick(sizes, needed)
     assert picked == min(size for size in sizes if size >= needed)
@@ -40,7 +40,14 @@ def test_buckets_are_few() -> None:
 
 @given(st.integers(1, 20000))
 def test_the_tile_budget_is_whole_tiles_within_the_token_budget(tokens: int) -> None:
-    budget = SchedulerLimits(1, tokens).tile_budget
+    budget = SchedulerLimits(1, tokens).tile_budget(1, 1)
     assert budget % TILE_TOKENS == 0
-    assert TILE_TOKENS <= budget <= max(tokens, TILE_TOKENS)
+    assert budget <= max(tokens, 2 * TILE_TOKENS)
     assert tokens - budget < TILE_TOKENS
+
+
+@given(limits, st.sampled_from([1, 2, 4, 8]))
+def test_a_step_has_room_for_every_decode_and_a_chunk_of_a_prompt(limits: SchedulerLimits, tp: int) -> None:
+    running = limits.max_running(tp, 1)
+    assert running == tp * limits.max_running(1, 1)
+    assert limits.tile_budget(tp, 1) >= running + TILE_TOKENS

@@ -244,6 +244,25 @@ def test_the_help_says_how_to_pin_a_layout(capsys: pytest.CaptureFixture[str]) -
     assert "'--layout 2+2 --policy static' pins a layout" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        "requests running at once in a group (default: 32)",
+        "tokens in one step of a group (default: 512)",
+        "requests waiting before 503 (default: 1024)",
+        "tokens a KV block holds at TP 1 (default: 16)",
+        "fraction for weights and KV (default: 0.9)",
+        "seconds that open requests get to end (default: 10)",
+        "compile only these, by commas, and the first layout (default: all)",
+        "until their group is back, the groups in its place are idle, or they have waited long",
+    ],
+)
+def test_the_help_states_the_defaults(says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert says in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["convert"], ["demo"]])
 def test_help_starts_no_jax(command: list[str]) -> None:
     program = (

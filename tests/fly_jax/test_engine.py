@@ -94,7 +94,6 @@ def test_requests_in_flight_finish_correctly_across_switches(
         assert max(report.requests_moved for report in reports) > 0
     else:
         assert all(report.requests_moved == 0 for report in reports)
-    assert all(report.weight_bytes_moved == 0 for report in reports)
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch_and_layout(llm: LLM) -> None:

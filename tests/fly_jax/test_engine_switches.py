@@ -156,12 +156,15 @@ def test_requests_in_flight_give_the_same_whatever_the_layout_does(
     layouts: Sequence[str],
     strategy: SwitchStrategy,
 ) -> None:
+    weights = server.engine.runner.weights
+    addresses = {group: weights.addresses(group) for group in all_groups(4, 1)}
     server.send_all()
     server.step(3)
     for layout in layouts:
         server.switch(layout, strategy)
         server.step(3)
     assert_same(server.finish(), expected)
+    assert {group: weights.addresses(group) for group in addresses} == addresses
     moved = sum(report.requests_moved for report in server.reports)
     paused = sum(report.requests_paused for report in server.reports)
     assert (moved > 0, paused > 0) == (strategy is SwitchStrategy.MIGRATE, strategy is SwitchStrategy.HARD_PREEMPT)

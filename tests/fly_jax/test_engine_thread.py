@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
+import time
 from concurrent.futures import Future
 from typing import cast
 
 import pytest
 
 from fly_jax.engine import Engine
-from fly_jax.errors import ContextLengthError, EngineDeadError, LayoutError
+from fly_jax.errors import ConfigError, ContextLengthError, EngineDeadError, LayoutError
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from tests.fly_jax.scripted_engine import PARAMS, TIMEOUT, ScriptedEngine, Sink, fail_during_a_step, running, submit
@@ -135,6 +137,78 @@ def test_a_caller_may_go_away_while_its_switch_is_under_way() -> None:
         assert thread.is_alive
 
 
+def test_a_switchs_policy_takes_over_before_the_next_switch_begins() -> None:
+    engine = ScriptedEngine(held=True)
+    with running(engine) as thread:
+        submit(thread, "a")
+        engine.wait_for_step()
+        followed, pinned = thread.switch("2", policy="auto"), thread.switch("4")
+        engine.go_on()
+        assert (followed.result(TIMEOUT).target, pinned.result(TIMEOUT).target) == ("2", "4")
+        assert engine.policy == "static"
+        thread.switch("2", policy="auto").result(TIMEOUT)
+        assert engine.policy == "auto"
+
+
+@pytest.mark.parametrize(("layout", "message"), [("3", "has grown"), ("1", "in force")])
+def test_a_switch_that_is_not_made_brings_no_policy(layout: str, message: str) -> None:
+    engine = ScriptedEngine()
+    engine.policy = "as before"
+    with running(engine) as thread:
+        with pytest.raises(LayoutError, match=message):
+            thread.switch(layout, policy="auto").result(TIMEOUT)
+        assert engine.policy != "auto"
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"), [("unfit", "a request needs a wider group"), ("unknown", "there is no policy 'unknown'")]
+)
+def test_a_policy_that_cannot_take_over_fails_as_one_and_the_switch_stays(policy: str, reason: str) -> None:
+    engine = ScriptedEngine()
+    with running(engine) as thread:
+        error = thread.switch("2", policy=policy).exception(TIMEOUT)
+        assert type(error) is ConfigError
+        assert str(error) == f"the layout is 2 now and stays: {reason}"
+        assert (engine.layout.degrees, engine.policy) == ((2,), "static")
+        assert thread.switch("4").result(TIMEOUT).source == "2"
+
+
+def test_a_real_switchs_policy_does_not_undo_the_pin_of_the_next() -> None:
+    engine, _ = simulated_engine(layout="1+1+1+1")
+    with running(engine) as thread:
+        sinks = [Sink() for _ in range(4)]
+        for i, sink in enumerate(sinks):
+            thread.submit(f"r{i}", [i + 1], SamplingParams(max_tokens=60, ignore_eos=True), sink).result(TIMEOUT)
+        asked = [thread.switch("4", policy="auto"), thread.switch("2+2")]
+        assert [future.result(TIMEOUT).target for future in asked] == ["4", "2+2"]
+        for sink in sinks:
+            sink.wait()
+        assert thread.call(_layout_and_policy).result(TIMEOUT) == ("2+2", "static")
+        thread.switch("4", policy="auto").result(TIMEOUT)
+        assert thread.call(_layout_and_policy).result(TIMEOUT)[1] == "load_adaptive"
+
+
+def _layout_and_policy(engine: Engine) -> tuple[str, str]:
+    return str(engine.layout), engine.control.policy
+
+
+def test_an_engine_whose_requests_can_only_wait_does_not_spin() -> None:
+    engine = ScriptedEngine()
+    engine.stalled = True
+    with running(engine) as thread:
+        sink = submit(thread, "a")
+        before = engine.steps
+        time.sleep(0.2)
+        assert 0 < engine.steps - before <= 200  # one a millisecond; a loop that spins makes many thousands
+        assert not sink.items
+
+        def go_on(engine: Engine) -> None:
+            cast(ScriptedEngine, engine).stalled = False
+
+        thread.call(go_on).result(TIMEOUT)
+        assert sink.last_reason() is FinishReason.LENGTH
+
+
 def test_a_call_that_was_cancelled_in_time_is_not_made() -> None:
     engine, calls = ScriptedEngine(held=True), []
     with running(engine) as thread:
@@ -253,6 +327,21 @@ def test_shutdown_answers_every_switch_that_was_asked_for() -> None:
         for future in switches:
             if (error := future.exception(TIMEOUT)) is not None:
                 assert isinstance(error, EngineDeadError)
+
+
+def test_shutdown_says_in_one_line_what_it_did_not_carry_through(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine(held=True)
+    engine.stalled = True  # no switch is ever through
+    with caplog.at_level(logging.WARNING), running(engine) as thread:
+        asked = [thread.switch("2")]
+        engine.wait_for_step()
+        asked.append(thread.switch("4"))
+        policy = thread.set_policy("auto")
+        engine.go_on()
+        thread.shutdown()
+        assert all(isinstance(future.exception(TIMEOUT), EngineDeadError) for future in (*asked, policy))
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == "the engine ends, not carried through: switch to 2 (under way), switch to 4 (queued), policy auto"
 
 
 @pytest.mark.parametrize("strategy", SwitchStrategy)

@@ -67,10 +67,10 @@ def test_a_prompt_goes_on_in_chunks_where_it_stopped_and_samples_after_its_last_
 
 
 def test_one_token_that_is_left_of_a_prompt_is_a_decode_row() -> None:
-    group = Group(make_kv(), tokens=16)
-    group.admit(make_request(17, name="a"))
-    assert spans(group.run().prefills) == [("a", 0, 16, False)]
-    assert spans(group.run().decodes) == [("a", 16, 1, True)]
+    group = Group(make_kv(), tokens=32)
+    group.admit(make_request(33, name="a"))
+    assert spans(group.run().prefills) == [("a", 0, 32, False)]
+    assert spans(group.run().decodes) == [("a", 32, 1, True)]
 
 
 def test_prompts_share_a_step_in_order_of_admission_within_the_tile_budget() -> None:

@@ -55,7 +55,8 @@ def test_paused_requests_go_on_elsewhere_when_their_successors_have_nothing_to_d
     requests = [send(traffic, [1 + i] * 9, max_tokens=40) for i in range(4)]
     traffic.step(5)
     report = switched(traffic, "4", HARD)
-    assert (report.requests_paused, report.kv_bytes_moved) == (4, 0)
+    assert (report.requests_paused, report.requests_moved) == (4, 0)
+    assert report.kv_bytes_moved == report.kv_bytes_adopted
     run_until(lambda: not traffic.scheduler.paused, traffic)
     assert {(request.state, request.held_table.group.size) for request in requests} == {(RequestState.RUNNING, 4)}
     assert traffic.runner.relayouts
@@ -134,4 +135,25 @@ def test_a_request_that_was_paused_once_is_no_more_overdue_than_others() -> None
     traffic, requests = paused_engine()
     switched(traffic, "1+1+1+1", HARD)
     assert {request.held_up_since for request in requests} == {None}
+    traffic.finish()
+
+
+def test_paused_requests_go_on_although_others_never_stop_coming() -> None:
+    traffic = Traffic(layout="1+1+1+1", max_num_seqs=2, num_blocks=512, patience=20)
+    requests = [send(traffic, [1 + i] * 9, max_tokens=60) for i in range(8)]
+    traffic.step(5)
+
+    def saturate() -> None:
+        while len(traffic.scheduler.waiting) < 4:
+            send(traffic, [20 + len(traffic.accepted) % 30] * 6, max_tokens=30)
+
+    saturate()
+    traffic.switch("4", HARD)
+    for _ in range(200):
+        saturate()
+        traffic.step()
+        if all(request.finished for request in requests):
+            break
+    else:
+        raise AssertionError(f"{len(traffic.scheduler.paused)} are still paused")
     traffic.finish()

@@ -23,8 +23,10 @@ class FakeThread:
         self.layout = "1+1+1+1"
         self.calls: list[tuple[object, ...]] = []
 
-    def switch(self, layout: str, strategy: SwitchStrategy | None = None) -> Future[SwitchReport]:
-        self.calls.append((layout, strategy))
+    def switch(
+        self, layout: str, strategy: SwitchStrategy | None = None, policy: str | None = None
+    ) -> Future[SwitchReport]:
+        self.calls.append((layout, strategy, policy))
         if layout == "3+1":
             return failed(LayoutError("layout 3+1 does not fit"))
         return done(SwitchReport(1, self.layout, layout, strategy or SwitchStrategy.MIGRATE))
@@ -84,13 +86,13 @@ def caller(request: pytest.FixtureRequest, thread: FakeThread) -> Caller:
 
 def test_a_switch_without_a_strategy_leaves_it_to_the_engine(caller: Caller, thread: FakeThread) -> None:
     assert caller.switch("2+2") == SwitchReport(1, "1+1+1+1", "2+2", SwitchStrategy.MIGRATE)
-    assert thread.calls == [("2+2", None)]
+    assert thread.calls == [("2+2", None, None)]
 
 
 @pytest.mark.parametrize("strategy", list(SwitchStrategy))
 def test_a_strategy_is_given_by_its_name(caller: Caller, thread: FakeThread, strategy: SwitchStrategy) -> None:
     assert caller.switch("4", strategy.value).strategy is strategy
-    assert thread.calls == [("4", strategy)]
+    assert thread.calls == [("4", strategy, None)]
 
 
 def test_wrong_names_do_not_reach_the_engine(caller: Caller, thread: FakeThread) -> None:
@@ -98,6 +100,8 @@ def test_wrong_names_do_not_reach_the_engine(caller: Caller, thread: FakeThread)
         caller.switch("2+2", "drain")
     with pytest.raises(ConfigError, match=r"^policy must be one of auto, load_adaptive, static, got 'pin'$"):
         caller.set_policy("pin")
+    with pytest.raises(ConfigError, match=r"^policy must be one of auto, load_adaptive, static, got 'pin'$"):
+        caller.switch("2+2", None, "pin")
     assert thread.calls == []
 
 
@@ -106,6 +110,11 @@ def test_what_the_engine_refuses_is_raised(caller: Caller) -> None:
         caller.switch("3+1")
     with pytest.raises(ConfigError, match="one layout only"):
         caller.set_policy("auto")
+
+
+def test_the_policy_that_takes_over_goes_with_the_switch(caller: Caller, thread: FakeThread) -> None:
+    caller.switch("2+2", "migrate", "auto")
+    assert thread.calls == [("2+2", SwitchStrategy.MIGRATE, "auto")]
 
 
 def test_a_policy_is_handed_over(caller: Caller, thread: FakeThread) -> None:

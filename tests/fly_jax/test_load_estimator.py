@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -141,3 +142,16 @@ def test_a_long_queue_is_seen_by_its_head() -> None:
     load = load_of(engine.scheduler, (0.0, 0.0), 0.0, None)
     assert len(load.waiting) == WAITING_SEEN
     assert load.waiting[:3] == tuple(RequestLoad(n, n, n + 4) for n in (1, 2, 3))
+
+
+def test_a_request_that_needs_width_is_seen_wherever_it_waits() -> None:
+    engine, _ = simulated_engine(max_queued=1000)
+    low = SamplingParams(max_tokens=4, priority=1)
+    engine.add_request("oldest", [1] * 3, low)
+    engine.add_request("other", [1] * 3, low)
+    engine.add_request("wide", [1] * 3, dataclasses.replace(low, tensor_parallel_size=1))
+    engine.scheduler.requests["wide"].min_width = 4
+    for index in range(WAITING_SEEN + 50):
+        engine.add_request(f"r{index}", [1] * 5, SamplingParams(max_tokens=4))
+    load = load_of(engine.scheduler, (0.0, 0.0), 0.0, None)
+    assert [each.min_width for each in load.waiting[WAITING_SEEN:]] == [1, 4]

@@ -10,8 +10,11 @@ import pytest
 from fly_jax import layout_control
 from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.load import Load, Machine
+from fly_jax.outputs import SwitchStrategy
 from fly_jax.policy import Decision, DecisionKind
 from fly_jax.request import Request, RequestState
+from fly_jax.sampling_params import SamplingParams
+from tests.fly_jax.simulated_runner import simulated_engine
 from tests.fly_jax.traffic import Traffic, groups_of, run_until, send
 
 PROMPT, OUTPUT = 600, 40
@@ -109,6 +112,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     return script
 
 
+def widen(traffic: Traffic, script: Script) -> None:
+    """The policy wants all devices in one group until it has them."""
+    script.target = Layout.parse("4", 4)
+    run_until(lambda: str(traffic.engine.layout) == "4", traffic)
+    script.target = None
+
+
 def test_a_request_that_outgrows_its_group_waits_without_hurting_others_and_goes_on_in_a_wider_one(
     script: Script,
 ) -> None:
@@ -125,9 +135,7 @@ def test_a_request_that_outgrows_its_group_waits_without_hurting_others_and_goes
     late = send(traffic, [50] * 3, max_tokens=8)
     run_until(lambda: late.finished and all(request.finished for request in others), traffic)
     assert traffic.scheduler.num_preemptions == 0
-    script.target = Layout.parse("4", 4)
-    run_until(lambda: str(traffic.engine.layout) == "4", traffic)
-    script.target = None
+    widen(traffic, script)
     traffic.finish()
     assert len(long.output_ids) == 80
 
@@ -137,9 +145,7 @@ def test_a_request_that_is_about_to_outgrow_its_group_goes_on_without_recompute(
     traffic.static = False
     long = send(traffic, [1] * 20, max_tokens=80)
     run_until(lambda: long.num_tokens > 24, traffic)
-    script.target = Layout.parse("4", 4)
-    run_until(lambda: str(traffic.engine.layout) == "4", traffic)
-    script.target = None
+    widen(traffic, script)
     assert long.held_table.group == groups_of("4")[0]
     traffic.finish()
     assert len(long.output_ids) == 80
@@ -169,3 +175,69 @@ def test_a_request_that_is_too_wide_for_the_layout_waits_for_one_that_has_its_wi
     run_until(lambda: wide.state is RequestState.RUNNING, traffic)
     assert wide.held_table.group.size == 4
     traffic.finish()
+
+
+# -- a layout that somebody asks for while a policy may widen -----------------------------------------------------
+
+
+def test_a_request_is_not_cut_short_before_the_layout_that_was_asked_for_is_there(script: Script) -> None:
+    assert script.target is None
+    traffic = Traffic(layout="1+1+1+1", num_blocks=8, policy="load_adaptive", max_model_len=256)  # 32 tokens a device
+    traffic.static = False
+    long = send(traffic, [1] * 20, max_tokens=80)
+    run_until(lambda: long.num_tokens == 31, traffic)
+    ticket = traffic.engine.begin_switch("4", SwitchStrategy.MIGRATE)
+    assert traffic.engine.control.policy == "load_adaptive"
+    while traffic.engine.has_work:
+        traffic.receive(traffic.engine.step())
+    assert ticket.report is not None
+    assert traffic.engine.control.policy == "static"
+    assert len(long.output_ids) == 80
+
+
+def test_a_refused_layout_leaves_the_policy_and_every_request_as_they_were(script: Script) -> None:
+    """Requests outgrow the layout while they are copied; one on other devices has outgrown its own group before."""
+    assert script.target is None
+    engine, runner = simulated_engine(
+        layout="4+1+1+1+1", num_devices=8, num_blocks=8, policy="load_adaptive", overlap=False, max_num_seqs=1
+    )
+    runner.chunk_slabs = 1
+
+    def add(name: str, tokens: int, max_tokens: int, width: int | None = None) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, tensor_parallel_size=width)
+        engine.add_request(name, [1 + len(engine.scheduler.requests)] * tokens, params)
+        return engine.scheduler.requests[name]
+
+    filling = [add(f"f{i}", 3, 12, 4) for i in range(4)]
+    engine.step()
+    outgrown = add("outgrown", 24, 80)
+    while outgrown.num_tokens < 33 or not all(each.finished for each in filling):
+        engine.step()
+    for i in range(2):
+        add(f"o{i}", 24, 5, 4)
+    growing = add("growing", 29, 60, 4)
+    while growing.num_tokens < 31:
+        engine.step()
+    ticket = engine.begin_switch("1+1+1+1+2+1+1", SwitchStrategy.MIGRATE)
+    while not ticket.settled:
+        engine.step()
+    assert ticket.error is not None
+    assert (str(engine.layout), engine.control.policy, engine.scheduler.elastic) == ("4+1+1+1+1", "load_adaptive", True)
+    assert outgrown.max_tokens == outgrown.limit == 80
+    script.target = Layout.parse("4+2+1+1", 8)
+    while engine.has_work:
+        engine.step()
+    assert len(outgrown.output_ids) == 80
+
+
+def test_a_request_that_outgrows_its_group_is_moved_whatever_the_strategy(script: Script) -> None:
+    traffic = Traffic(layout="1+1+1+1", num_blocks=8, policy="load_adaptive", strategy=SwitchStrategy.HARD_PREEMPT)
+    traffic.static = False
+    long = send(traffic, [1] * 20, max_tokens=80)
+    run_until(lambda: long.num_tokens > 24, traffic)
+    widen(traffic, script)
+    assert long.state is RequestState.RUNNING
+    assert traffic.engine.last_switch is not None
+    assert traffic.engine.last_switch.strategy is SwitchStrategy.MIGRATE
+    traffic.finish()
+    assert len(long.output_ids) == 80

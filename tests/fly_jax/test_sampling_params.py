@@ -78,7 +78,8 @@ def test_a_vanishing_temperature_is_greedy(temperature: float, greedy: bool) -> 
         ("seed", 1.5), ("logprobs", 2.5), ("top_k", 2.5), ("max_tokens", "3"), ("min_tokens", True),
         ("temperature", "1"), ("top_p", None), ("min_p", True), ("stop", (3,)), ("stop_token_ids", ("x",)),
         ("ignore_eos", 1), ("prompt_logprobs", 2), ("priority", 0.5), ("priority", "1"), ("tensor_parallel_size", 2.0),
-        ("tensor_parallel_size", True),
+        ("tensor_parallel_size", True), ("priority", None), ("min_tokens", None), ("top_k", None),
+        ("stop_token_ids", (None,)),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) -> None:

@@ -233,7 +233,7 @@ class Traffic:
             return
         if paused != self.scheduler.paused or returning:
             return  # those that went on elsewhere have left blocks behind since; a drain keeps groups for its own
-        if self.scheduler.waiting.oldest_in_turn() not in (None, head):
+        if self.scheduler.waiting.turn_has_come:
             return  # the oldest may keep a group when it has waited too long
         for local in candidates:
             check_cannot_start(self.scheduler, head, local)

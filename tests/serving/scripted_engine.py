@@ -181,8 +181,14 @@ class ScriptedEngine:
     async def abort(self, request_id: str) -> None:
         raise NotImplementedError("the server aborts by closing the stream")
 
-    async def switch(self, layout: str, strategy: str | None = None) -> SwitchReport:
-        return self.switch_now(layout, strategy)
+    async def switch(self, layout: str, strategy: str | None = None, policy: str | None = None) -> SwitchReport:
+        report = self.switch_now(layout, strategy)
+        if policy is not None:
+            try:
+                await self.set_policy(policy)
+            except ConfigError as error:
+                raise ConfigError(f"the layout is {layout} now and stays: {error}") from error
+        return report
 
     def switch_now(self, layout: str, strategy: str | None = None) -> SwitchReport:
         if layout not in LAYOUTS:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import httpx
 import pytest
 
+from fly_jax.outputs import SwitchReport
 from serving import ServerOptions
 from serving.admin import MAX_HISTORY, is_loopback
 from tests.serving.scripted_engine import ScriptedEngine
@@ -40,7 +41,6 @@ REPORT = {
     "precopy_seconds": 0.125,
     "cutover_seconds": 0.01,
     "worst_gap_seconds": 0.5,
-    "weight_bytes_moved": 0,
     "requests_moved": 0,
     "requests_paused": 0,
     "requests_adopted": 0,
@@ -256,3 +256,19 @@ def test_with_an_admin_key_being_local_is_not_enough(in_process: Client, headers
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "[::1]", "example.com", "127.0.0.1:80", "::", "1"])
 def test_what_is_not_a_loopback_address(host: str) -> None:
     assert not is_loopback(host)
+
+
+class OvertakenEngine(ScriptedEngine):
+    """Somebody else pins another layout right after each switch; a policy set apart would undo that."""
+
+    async def switch(self, layout: str, strategy: str | None = None, policy: str | None = None) -> SwitchReport:
+        report = await super().switch(layout, strategy, policy)
+        self.switch_now("1+1+1+1")
+        return report
+
+
+def test_a_switch_and_its_policy_are_one_thing_to_those_that_follow(in_process: Client) -> None:
+    engine = OvertakenEngine()
+    switch, state = ask(in_process, {"layout": "4", "policy": "auto"}, None, engine=engine)
+    assert (switch.json()["target"], switch.json()["policy"]) == ("4", "load_adaptive")
+    assert (state.json()["layout"], state.json()["policy"]) == ("1+1+1+1", "static")

@@ -103,3 +103,9 @@ def test_a_refused_switch_is_one_line(engine: RecallEngine, capsys: pytest.Captu
         assert "admin key" in line
         assert main(["demo", "--url", server.url, "--requests", "3", "--admin-key", "boss"]) == 0
     assert engine.policy == "load_adaptive"
+
+
+@pytest.mark.parametrize("requests", ["0", "-3"])
+def test_a_burst_of_no_requests_is_one_line(requests: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--requests", requests]) == 2
+    assert capsys.readouterr().err == f"fly-jax: error: --requests must be at least 1, got {requests}\n"

@@ -150,7 +150,11 @@ def test_before_the_first_switch_there_are_counts_and_no_last_one(in_process: Cl
     assert samples["fly:switches_total", (("strategy", "migrate"),)] == 0
     assert samples["fly:switch_cutover_seconds_count", ()] == 0
     assert not [name for name, _ in samples if name.startswith("fly:last_switch")]
-    assert not [name for name, _ in samples if name.startswith("fly:layout_decisions")]
+    decisions = {labels: value for (name, labels), value in samples.items() if name == "fly:layout_decisions_total"}
+    names = ("widen", "narrow", "make_room", "refused", "given_up")
+    assert decisions == {(("decision", name),): 0 for name in names}
+    ended = {labels: value for (name, labels), value in samples.items() if name == "vllm:request_success_total"}
+    assert ended == {(("finished_reason", reason),): 0 for reason in ("stop", "length", "abort", "error")}
 
 
 def test_each_switch_is_observed_once_however_often_it_is_scraped(in_process: Client) -> None:
@@ -194,10 +198,11 @@ def test_the_worst_gap_of_the_last_switch_may_grow(in_process: Client) -> None:
 
 def test_decisions_of_the_policy_are_counted_by_name(in_process: Client) -> None:
     engine = ScriptedEngine()
-    engine.decisions = {"wider": 2, "narrower": 1}
+    engine.decisions = {"widen": 2, "narrow": 1}
     [samples] = scrapes(in_process, engine)
-    assert samples["fly:layout_decisions_total", (("decision", "wider"),)] == 2
-    assert samples["fly:layout_decisions_total", (("decision", "narrower"),)] == 1
+    assert samples["fly:layout_decisions_total", (("decision", "widen"),)] == 2
+    assert samples["fly:layout_decisions_total", (("decision", "narrow"),)] == 1
+    assert samples["fly:layout_decisions_total", (("decision", "make_room"),)] == 0
 
 
 def test_applications_count_apart(in_process: Client) -> None:

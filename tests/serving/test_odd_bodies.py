@@ -31,6 +31,20 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
+INTEGERS = (
+    "n", "max_tokens", "top_k", "seed", "min_tokens", "priority", "tensor_parallel_size",
+)  # fmt: skip
+BOOLEANS = [
+    *((path, {name: value}, name) for path in PATHS for name in INTEGERS for value in (True, False)),
+    ("/v1/completions", {"logprobs": True}, "logprobs"),
+    ("/v1/completions", {"prompt_logprobs": False}, "prompt_logprobs"),
+    ("/v1/completions", {"stop_token_ids": [1, True]}, "stop_token_ids.1"),
+    ("/v1/chat/completions", {"max_completion_tokens": True}, "max_completion_tokens"),
+    ("/v1/chat/completions", {"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+    ("/detokenize", {"tokens": [True]}, "tokens.0"),
+]
+
+
 def bodies(path: str) -> list[dict[str, Any]]:
     """Each field with each odd value, and random mixtures."""
     model = PATHS[path]
@@ -51,5 +65,19 @@ def test_never_a_server_error(in_process: Callable[..., httpx.AsyncClient], path
                 assert answer.status_code in (200, 400, 404), f"{ascii(body)[:300]}: {answer.text[:300]}"
                 if answer.status_code != 200:
                     assert answer.json()["error"]["message"]
+
+    asyncio.run(check())
+
+
+def test_a_boolean_is_no_integer(in_process: Callable[..., httpx.AsyncClient]) -> None:
+    async def check() -> None:
+        async with in_process() as client:
+            for path, body, param in BOOLEANS:
+                answer = await client.post(path, json={**BASES.get(path, {}), **body})
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"]) == (400, param), answer.text
+                assert error["message"].startswith(f"{param}: must be an integer, got ")
+            text = await client.post("/v1/completions", json={"prompt": "hi", "tensor_parallel_size": "2"})
+            assert text.status_code == 200
 
     asyncio.run(check())

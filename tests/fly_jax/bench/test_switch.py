@@ -10,6 +10,7 @@ import pytest
 from fly_jax.bench.__main__ import main
 from fly_jax.bench.switch import default_pairs, demo_model
 from fly_jax.layout import Layout
+from fly_jax.outputs import SwitchStrategy
 from tests.tiny_models import CASES, write_model
 
 
@@ -29,22 +30,22 @@ def test_every_strategy_is_measured_side_by_side(
     assert "4x1 -> 4" in printed
     result = json.loads((tmp_path / "switch.json").read_text())
     assert {"date", "jax", "device_kind", "model", "streams", "relayout_ms"} <= result.keys()
+    assert result["weight_bytes_moved"] == 0
     by_strategy = {each["strategy"]: each["runs"][0] for each in result["switches"]}
     assert list(by_strategy) == ["migrate", "sequential", "soft_preempt", "hard_preempt"]
     for strategy, run in by_strategy.items():
         assert strategy in printed
-        assert run["weight_bytes_moved"] == 0
         assert run["total_ms"] > 0
     migrate, sequential = by_strategy["migrate"], by_strategy["sequential"]
     hard, soft = by_strategy["hard_preempt"], by_strategy["soft_preempt"]
     assert (migrate["drain_ms"], migrate["tokens_recomputed"]) == (0, 0)
-    assert migrate["requests_moved"] >= 3
+    assert migrate["requests_moved"] >= 2  # the first stream may have ended
     assert migrate["kv_bytes_moved"] > 0
     assert sequential["drain_ms"] > 0
     assert soft["drain_ms"] > 0
     assert sequential["kv_bytes_moved"] == soft["kv_bytes_moved"] == 0
     assert (hard["drain_ms"], hard["tokens_recomputed"]) == (0, 0)
-    assert hard["requests_paused"] >= 3
+    assert hard["requests_paused"] >= 2
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,9 @@ def test_every_strategy_is_measured_side_by_side(
         (["--switch", "dp4"], "write FROM,TO"),
         (["--switch", "dp4,3+1"], "not an aligned power of two"),
         (["--streams", "0"], "must be at least 1"),
+        (["--devices", "0"], "must be at least 1"),
+        (["--devices", "3"], "--devices must be a power of two, got 3"),
+        (["--devices", "6"], "--devices must be a power of two, got 6"),
     ],
 )
 def test_wrong_options_are_one_line(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +64,23 @@ def test_wrong_options_are_one_line(given: list[str], message: str, capsys: pyte
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_unknown_strategy_is_one_line_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["switch", "--strategy", "foo"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(strategy.value in error for strategy in SwitchStrategy)
+    assert "SwitchStrategy" not in error
+
+
+def test_the_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["switch", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"(default: {value})" in text for value in ("8", "16", "3", "0", "bench/results"))
 
 
 @pytest.mark.parametrize(("devices", "count"), [(8, 14), (4, 8), (2, 2)])
