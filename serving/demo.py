@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,11 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.demo import MODEL
 from checkpoints.demo.text import recall_prompt, story_prompt
 from fly_jax.errors import ConfigError, FlyJaxError
 from serving.server import bind
 
-BUNDLED_MODEL = Path(__file__).parent.parent / "checkpoints" / "demo" / "model"
 LAYOUTS = ("1+1+1+1", "2+2", "4", "1+1+1+1")
 SECONDS_A_LAYOUT = 5.0
 FACTS = 60
@@ -226,7 +225,7 @@ def _own_server(console: Console) -> Iterator[str]:
     with bind("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]
     console.print(f"starting a server with the bundled model on port {port}")
-    command = [sys.executable, "-m", "fly_jax", "serve", str(BUNDLED_MODEL), "--port", str(port), "--devices", "4"]
+    command = [sys.executable, "-m", "fly_jax", "serve", str(MODEL), "--port", str(port), "--devices", "4"]
     process = subprocess.Popen([*command, "--served-model-name", "demo"])
     url = f"http://127.0.0.1:{port}"
     try:

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -180,9 +179,11 @@ class _Bench:
     """An engine, and loads for it."""
 
     def __init__(self, options: argparse.Namespace, layouts: Sequence[str]) -> None:
+        from checkpoints.demo import MODEL  # jax comes with it: only once the devices are configured
+
         self._streams, self._devices, self._random = options.streams, options.devices, random.Random(options.seed)
         self._config = EngineConfig(
-            model=options.model or demo_model(),
+            model=options.model or MODEL,
             devices=options.devices,
             layouts=tuple(layouts),
             policy="static",
@@ -253,13 +254,6 @@ class _Bench:
 
     def _length(self) -> int:
         return self._random.randint(*PROMPT_TOKENS)
-
-
-def demo_model() -> Path:
-    """The bundled model's folder."""
-    import checkpoints.demo
-
-    return Path(checkpoints.demo.__file__).parent / "model"
 
 
 def _take_until(arrivals: queue.SimpleQueue[_Stream | EngineDeadError], done: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fly_jax.bench.__main__ import main
-from fly_jax.bench.switch import default_pairs, demo_model
+from fly_jax.bench.switch import default_pairs
 from fly_jax.layout import Layout
 from fly_jax.outputs import SwitchStrategy
 from tests.tiny_models import CASES, write_model
@@ -92,7 +92,3 @@ def test_by_default_every_two_uniform_layouts_and_two_mixed_ones_are_measured(de
         Layout.parse(source, devices)
         Layout.parse(target, devices)
     assert sum(len(set(text.split("+"))) > 1 for pair in pairs for text in pair) == (2 if devices >= 4 else 0)
-
-
-def test_the_demo_model_is_where_it_is_looked_for() -> None:
-    assert (demo_model() / "config.json").exists()
