@@ -21,7 +21,7 @@ DEFAULT_DEVICES = 4
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 # Where Linux lists a process's threads; a priority is a thread's own there.
 _THREADS = Path("/proc/self/task")
-_DEVICE_NICENESS = 10
+_DEVICE_NICENESS = 19
 
 
 def configure_devices(count: int) -> None:
