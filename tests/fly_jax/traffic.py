@@ -235,6 +235,8 @@ class Traffic:
             return  # those that went on elsewhere have left blocks behind since; a drain keeps groups for its own
         if self.scheduler.waiting.turn_has_come:
             return  # the oldest may keep a group when it has waited too long
+        overdue = [request.held_table.group for request in paused if self.scheduler.impatient(request)]
+        candidates = [local for local in candidates if not any(local.group.overlaps(group) for group in overdue)]
         for local in candidates:
             check_cannot_start(self.scheduler, head, local)
         if candidates:
