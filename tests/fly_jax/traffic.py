@@ -76,7 +76,7 @@ class Traffic:
         self._plans_checked = self._idle_steps = 0
         self._paused: dict[Request, tuple[Any, ...]] = {}
         self._started: list[tuple[Request, DeviceGroup]] = []
-        self._displaced: list[tuple[Request, DeviceGroup]] = []
+        self._displaced: list[tuple[Request, DeviceGroup, bool]] = []
         # Watched from outside, since one step routes, launches and switches.
         self._route, self.scheduler.route = self.scheduler.route, self._watched_route  # type: ignore[method-assign]
         self._preempt, self.scheduler.preempt = (  # type: ignore[method-assign]
@@ -221,8 +221,8 @@ class Traffic:
         returning = [] if self.scheduler.switch is None else self.scheduler.switch.returning()
         paused, self._started, self._displaced = list(self.scheduler.paused), [], []
         self._route()
-        for victim, group in self._displaced:
-            assert not victim.overdue
+        for victim, group, was_overdue in self._displaced:
+            assert not was_overdue
             assert any(
                 place == group
                 and (each.priority < victim.priority or (each.overdue and each.priority == victim.priority))
@@ -252,7 +252,7 @@ class Traffic:
         self._started.append((request, request.held_table.group))
 
     def _watched_preempt(self, request: Request) -> None:
-        self._displaced.append((request, request.held_table.group))
+        self._displaced.append((request, request.held_table.group, request.overdue))
         self._preempt(request)
 
     # -- switches ---------------------------------------------------------------------------------------------
