@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fly_jax.config import POLICIES
-from fly_jax.errors import ConfigError
+from fly_jax.config import POLICIES, one_of
 from fly_jax.outputs import SwitchStrategy
 
 
@@ -15,7 +12,7 @@ def strategy_named(name: str | None) -> SwitchStrategy | None:
     Raises:
         ConfigError: there is no such strategy; the message lists those there are.
     """
-    return None if name is None else SwitchStrategy(_one_of("strategy", name, tuple(SwitchStrategy)))
+    return None if name is None else SwitchStrategy(one_of("strategy", name, tuple(SwitchStrategy)))
 
 
 def policy_named(name: str) -> str:
@@ -24,10 +21,4 @@ def policy_named(name: str) -> str:
     Raises:
         ConfigError: there is no such policy; the message lists those there are.
     """
-    return _one_of("policy", name, POLICIES)
-
-
-def _one_of(what: str, name: str, choices: Sequence[str]) -> str:
-    if name not in choices:
-        raise ConfigError(f"{what} must be one of {', '.join(choices)}, got {name!r}")
-    return name
+    return one_of("policy", name, POLICIES)

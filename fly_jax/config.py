@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,17 @@ MIN_PROMPT_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16")
 POLICIES = ("auto", "load_adaptive", "static")
 SCHEDULING_POLICIES = ("priority", "fcfs")
+
+
+def one_of(what: str, name: str, choices: Sequence[str]) -> str:
+    """The name itself.
+
+    Raises:
+        ConfigError: it is none of the choices; the message lists them.
+    """
+    if name not in choices:
+        raise ConfigError(f"{what} must be one of {', '.join(choices)}, got {name!r}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +84,7 @@ class EngineConfig:
             ("switch_strategy", tuple(SwitchStrategy)),
             ("scheduling_policy", SCHEDULING_POLICIES),
         ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            one_of(name, getattr(self, name), choices)
         object.__setattr__(self, "switch_strategy", SwitchStrategy(self.switch_strategy))
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "block_size"):
             if getattr(self, name) < 1:
