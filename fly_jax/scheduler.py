@@ -283,9 +283,9 @@ class Scheduler:
         if not switch.elastic:
             self._check_waiting(switch.target)
             self._check_staying([group for group in self.groups if group not in switch.dissolving])
-        self.check_fits(switch.target, moving)
+        self._check_fits(switch.target, moving)
 
-    def check_fits(self, target: Layout, requests: Iterable[Request]) -> None:
+    def _check_fits(self, target: Layout, requests: Iterable[Request]) -> None:
         """Refuses a layout whose groups on a request's devices are all too small for it.
 
         Raises:
@@ -338,8 +338,8 @@ class Scheduler:
             self._check_staying(staying)
         for group, each in self.groups.items():
             if group not in staying:
-                self.check_fits(target, each.running)
-        self.check_fits(target, self.paused)
+                self._check_fits(target, each.running)
+        self._check_fits(target, self.paused)
 
     def _check_staying(self, groups: Iterable[DeviceGroup]) -> None:
         for group in groups:
