@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fly_jax import __version__
-from fly_jax.config import DTYPES, POLICIES, SCHEDULING_POLICIES, EngineConfig
+from fly_jax.config import ATTENTION_BACKENDS, DTYPES, POLICIES, SCHEDULING_POLICIES, EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
@@ -276,6 +276,13 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, default=16, help="tokens a KV block holds at TP 1 (default: %(default)s)"
     )
     engine.add_argument("--num-gpu-blocks-override", dest="num_blocks", type=int, help="KV blocks a device")
+    engine.add_argument(
+        "--attention-backend",
+        choices=ATTENTION_BACKENDS,
+        default="auto",
+        help="pallas: kernels for NVIDIA GPUs (interpreted, slowly, on CPU); xla: plain JAX; auto: pallas where there "
+        "is a GPU (default: %(default)s)",
+    )
     engine.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, help="fraction for weights and KV (default: %(default)s)"
     )

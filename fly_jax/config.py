@@ -14,6 +14,7 @@ MIN_PROMPT_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16")
 POLICIES = ("auto", "load_adaptive", "static")
 SCHEDULING_POLICIES = ("priority", "fcfs")
+ATTENTION_BACKENDS = ("auto", "xla", "pallas")
 
 
 def one_of(what: str, name: str, choices: Sequence[str]) -> str:
@@ -48,6 +49,8 @@ class EngineConfig:
         max_num_queued_reqs: most requests waiting; more are refused.
         block_size: tokens a KV block holds at TP 1.
         num_blocks: KV blocks a device; None: from the memory.
+        attention_backend: ``xla``: plain JAX; ``pallas``: kernels for NVIDIA GPUs, interpreted (slowly) on CPU;
+            ``auto``: kernels where there is a GPU.
         gpu_memory_utilization: fraction of an accelerator's memory used for weights and KV.
         device_memory_bytes: memory of one device; None: asked from the device (a CPU device: its share of the host's).
         optimization_level: XLA's backend level, 0 to 3; 0 compiles in half the time and runs slower. None: XLA's own.
@@ -70,6 +73,7 @@ class EngineConfig:
     max_num_queued_reqs: int = 1024
     block_size: int = 16
     num_blocks: int | None = None
+    attention_backend: str = "auto"
     gpu_memory_utilization: float = 0.9
     device_memory_bytes: int | None = None
     optimization_level: int | None = None
@@ -83,6 +87,7 @@ class EngineConfig:
             ("policy", POLICIES),
             ("switch_strategy", tuple(SwitchStrategy)),
             ("scheduling_policy", SCHEDULING_POLICIES),
+            ("attention_backend", ATTENTION_BACKENDS),
         ):
             one_of(name, getattr(self, name), choices)
         object.__setattr__(self, "switch_strategy", SwitchStrategy(self.switch_strategy))

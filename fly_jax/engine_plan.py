@@ -19,6 +19,7 @@ from fly_jax.models.config import ModelConfig, read_json, serving_dtype
 from fly_jax.models.sharding import ModelSpec, model_spec
 from fly_jax.platform import host_memory_bytes, start_devices
 from fly_jax.tokenizer import Tokenizer
+from kernels_pallas import default_backend
 
 # Without an accelerator's memory to fill, the pools hold this many full contexts a device, within a share of the host.
 CPU_FULL_CONTEXTS = 8
@@ -79,6 +80,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_devices=len(devices),
         base_tp=base_tp,
+        attention_backend=_attention_backend(config, devices),
     )
     eos = _eos_token_ids(folder)
     return EnginePlan(config, model_config, tokenizer, eos, devices, base_tp, layout, groups, limits, shapes)
@@ -98,6 +100,10 @@ def _devices(config: EngineConfig) -> tuple[jax.Device, ...]:
     if count > len(present):
         raise ConfigError(f"{count} devices asked for but {len(present)} are present: lower --devices")
     return tuple(present[:count])
+
+
+def _attention_backend(config: EngineConfig, devices: tuple[jax.Device, ...]) -> str:
+    return default_backend(devices[0]) if config.attention_backend == "auto" else config.attention_backend
 
 
 def _model_spec(config: EngineConfig, folder: Path, model: ModelConfig, num_devices: int) -> ModelSpec:

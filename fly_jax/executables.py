@@ -25,8 +25,7 @@ from fly_jax.layout import DeviceGroup
 from fly_jax.models.sharding import ModelSpec, ModuleSpec
 from fly_jax.relayout import exchange_layout, relayout
 from fly_jax.relayout_plan import CHUNK_SLABS, HeadSplits, relayout_splits
-from kernels_pallas import KVLayout
-from kernels_pallas.paged import storage_dtype
+from kernels_pallas import KVLayout, attention_backend, storage_dtype
 
 # jax's own name of the event, through its public monitoring interface.
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -68,6 +67,7 @@ class ProgramShapes:
 
     Attributes:
         max_num_seqs: requests that a group of the base degree runs at once; wider groups run proportionally more.
+        attention_backend: one of ``kernels_pallas.BACKENDS``.
         slots: columns of a device's token table; one more than there are for requests, the last for pad rows.
     """
 
@@ -79,6 +79,7 @@ class ProgramShapes:
     max_num_batched_tokens: int
     num_devices: int
     base_tp: int
+    attention_backend: str
 
     @property
     def slots(self) -> int:
@@ -131,6 +132,7 @@ class ProgramLowerer:
 
     def __init__(self, shapes: ProgramShapes, meshes: DeviceMeshes) -> None:
         self.shapes, self.meshes = shapes, meshes
+        self.attention = attention_backend(shapes.attention_backend, meshes.devices[0])
 
     def lower(self, key: ExecutableKey) -> jax.stages.Lowered:
         mesh, model = self.meshes.mesh(key.group), self.shapes.model
@@ -142,7 +144,8 @@ class ProgramLowerer:
         if key.splits is not None:
             move = relayout(self.shapes.kv, key.splits, self.shapes.slots, mesh)
             return jax.jit(move, donate_argnums=(0, 1)).lower(*arguments)
-        program = steps.backbone(model, self.shapes.kv_layout(key.group.size), self.shapes.backbone(key), mesh)
+        attention = steps.PagedPool(self.attention, self.shapes.kv_layout(key.group.size))
+        program = steps.backbone(model, attention, self.shapes.backbone(key), mesh)
         return jax.jit(program, donate_argnums=1).lower(*arguments)
 
     def arguments(self, key: ExecutableKey) -> tuple[Any, ...]:

@@ -18,6 +18,8 @@ _NO_COPY = frozenset({
     "conditional", "call",
 })  # fmt: skip
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+# A kernel whose result is one of its arguments, written in place.
+_ALIASED_CALL = re.compile(r" custom-call\(.*output_to_operand_aliasing=")
 _ALL_REDUCE = re.compile(r" all-reduce(?:-start)?\(")
 
 
@@ -86,7 +88,7 @@ def _instructions(text: str) -> Iterator[Instruction]:
             if match := _INSTRUCTION.match(line):
                 name, dtype, dims, opcode = match.groups()
                 called = re.search(r"calls=%?([\w.\-]+)", line)
-                if opcode == "fusion" and called and called[1] in in_place:
+                if (opcode == "fusion" and called and called[1] in in_place) or _ALIASED_CALL.search(line):
                     opcode = "dynamic-update-slice"
                 shape = tuple(int(d) for d in dims.split(",")) if dims else ()
                 yield Instruction(name, dtype, shape, opcode)

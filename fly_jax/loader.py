@@ -20,7 +20,7 @@ from fly_jax.executables import CompileCounter, ExecutableKey, ProgramLowerer, c
 from fly_jax.platform import cache_dir
 from fly_jax.runner import ModelRunner
 from fly_jax.weights import WeightsManager
-from kernels_pallas.paged import storage_dtype
+from kernels_pallas import storage_dtype
 
 Progress = Callable[[str, int, int], None]
 

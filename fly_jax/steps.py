@@ -20,7 +20,7 @@ from fly_jax.group_scheduler import TILE_TOKENS
 from fly_jax.models.llama import Decoder, LMHead
 from fly_jax.models.sharding import TP_AXIS, ModelSpec
 from fly_jax.sampling import SamplingRows, results, sample
-from kernels_pallas import KVLayout, paged_attention, write_kv
+from kernels_pallas import AttentionBackend, AttentionOptions, KVLayout, QueryRuns
 
 _REPLICATED = PartitionSpec()
 
@@ -39,55 +39,62 @@ class BackboneInputs:
     tables: Array
 
 
+@dataclass(frozen=True)
+class PagedPool:
+    """How a group's programs read and write its pools."""
+
+    backend: AttentionBackend
+    layout: KVLayout
+
+
 class PagedAttend:
     """The decoder's attention over this rank's pool; ``pool`` is rebound as layers write to it."""
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, shape: BackboneShape, pool: Array, inputs: BackboneInputs
+        self, spec: ModelSpec, attention: PagedPool, shape: BackboneShape, pool: Array, inputs: BackboneInputs
     ) -> None:
-        self.layout, self.shape, self.pool, self.inputs = layout, shape, pool, inputs
-        self.scale = spec.config.head_dim**-0.5
-        self.windows = spec.config.sliding_windows
-        blocks = inputs.tables[inputs.token_rows, jnp.maximum(inputs.positions, 0) // layout.block_tokens]
+        self.attention, self.shape, self.pool, self.inputs = attention, shape, pool, inputs
+        self.options = [AttentionOptions(spec.config.head_dim**-0.5, window) for window in spec.config.sliding_windows]
+        block_tokens = attention.layout.block_tokens
+        blocks = inputs.tables[inputs.token_rows, jnp.maximum(inputs.positions, 0) // block_tokens]
         self.blocks = jnp.where(inputs.positions >= 0, blocks, pool.shape[0])
-        self.offsets = jnp.maximum(inputs.positions, 0) % layout.block_tokens
+        self.offsets = jnp.maximum(inputs.positions, 0) % block_tokens
 
     def __call__(self, layer: int, query: Array, key: Array, value: Array) -> Array:
-        self.pool = write_kv(self.pool, layer, key, value, self.blocks, self.offsets, self.layout)
-        decoded = self._decode(layer, query)
+        backend, layout = self.attention.backend, self.attention.layout
+        self.pool = backend.write_kv(self.pool, layer, key, value, self.blocks, self.offsets, layout)
+        rows = min(self.shape.rows, self.shape.tokens)
+        decoded = self._attend(layer, query[:rows, None], self._decodes(rows))[:, 0]
         if not self.shape.mixed:
             return decoded
-        tiled = self._tiles(layer, query)
-        is_decode = jnp.arange(self.shape.tokens) < self.inputs.num_decodes[0]
-        decoded = jnp.pad(decoded, ((0, self.shape.tokens - decoded.shape[0]), (0, 0), (0, 0), (0, 0)))
-        return jnp.where(is_decode[:, None, None, None], decoded, tiled)
-
-    def _decode(self, layer: int, query: Array) -> Array:
-        """Places that are request rows of one token each."""
-        rows = min(self.shape.rows, self.shape.tokens)
-        lengths = (jnp.arange(rows) < self.inputs.num_decodes[0]).astype(jnp.int32)
-        return self._attend(
-            layer, query[:rows, None], self.inputs.tables[:rows], self.inputs.positions[:rows], lengths
-        )[:, 0]
-
-    def _tiles(self, layer: int, query: Array) -> Array:
-        """Places in tiles, each a run of one request's prompt."""
         tiles = self.shape.tokens // TILE_TOKENS
-        positions = self.inputs.positions.reshape(tiles, TILE_TOKENS)
-        first_place = jnp.arange(tiles) * TILE_TOKENS
-        lengths = jnp.where(first_place >= self.inputs.num_decodes[0], jnp.sum(positions >= 0, axis=1), 0)
-        tables = self.inputs.tables[self.inputs.token_rows[first_place]]
-        tiled = query.reshape(tiles, TILE_TOKENS, *query.shape[1:])
-        return self._attend(layer, tiled, tables, positions[:, 0], lengths).reshape(query.shape)
+        tiled = self._attend(layer, query.reshape(tiles, TILE_TOKENS, *query.shape[1:]), self._tiles(tiles))
+        is_decode = jnp.arange(self.shape.tokens) < self.inputs.num_decodes[0]
+        decoded = jnp.pad(decoded, ((0, self.shape.tokens - rows), (0, 0), (0, 0), (0, 0)))
+        return jnp.where(is_decode[:, None, None, None], decoded, tiled.reshape(query.shape))
 
-    def _attend(self, layer: int, query: Array, tables: Array, starts: Array, lengths: Array) -> Array:
-        window = self.windows[layer]
-        return paged_attention(
-            query, self.pool, layer, tables, starts, lengths, self.layout, scale=self.scale, window=window
-        )
+    def _decodes(self, rows: int) -> QueryRuns:
+        """Places that are request rows of one token each."""
+        inputs, row = self.inputs, jnp.arange(rows, dtype=jnp.int32)
+        lengths = (row < inputs.num_decodes[0]).astype(jnp.int32)
+        return QueryRuns(inputs.tables, row, inputs.positions[:rows], lengths)
+
+    def _tiles(self, tiles: int) -> QueryRuns:
+        """Places in tiles, each a run of one request's prompt."""
+        inputs, first_place = self.inputs, jnp.arange(tiles) * TILE_TOKENS
+        positions = inputs.positions.reshape(tiles, TILE_TOKENS)
+        counts = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+        lengths = jnp.where(first_place >= inputs.num_decodes[0], counts, 0)
+        return QueryRuns(inputs.tables, inputs.token_rows[first_place], positions[:, 0], lengths)
+
+    def _attend(self, layer: int, query: Array, runs: QueryRuns) -> Array:
+        layout = self.attention.layout
+        return self.attention.backend.paged_attention(query, self.pool, layer, runs, layout, self.options[layer])
 
 
-def backbone(spec: ModelSpec, layout: KVLayout, shape: BackboneShape, mesh: Mesh) -> Callable[..., tuple[Array, ...]]:
+def backbone(
+    spec: ModelSpec, attention: PagedPool, shape: BackboneShape, mesh: Mesh
+) -> Callable[..., tuple[Array, ...]]:
     """``(leaves, pool, token_tables, packed) -> (pool, hidden, sample_hidden)``.
 
     ``pool [ranks * num_blocks, elements]`` is donated; ``token_tables [ranks, slots]`` holds each slot's latest
@@ -99,7 +106,7 @@ def backbone(spec: ModelSpec, layout: KVLayout, shape: BackboneShape, mesh: Mesh
         inputs = BackboneInputs(**shape.layout.unpack(packed[0]))
         from_device = token_tables[0, inputs.row_slots[inputs.token_rows]]
         tokens = jnp.where(inputs.tokens < 0, from_device, inputs.tokens)
-        attend = PagedAttend(spec, layout, shape, pool, inputs)
+        attend = PagedAttend(spec, attention, shape, pool, inputs)
         decoder = cast(Decoder, spec.decoder.merge(leaves))
         positions = jnp.maximum(inputs.positions, 0)
         hidden = decoder(tokens, positions, inputs.context_lengths, attend, _reduce(mesh))

@@ -1,5 +1,15 @@
-"""Attention over paged KV memory. ``paged_attention`` and ``write_kv`` are the whole interface."""
+"""Attention over paged KV memory: two functions, in plain JAX and as Pallas kernels."""
 
-from kernels_pallas.paged import KVLayout, paged_attention, write_kv
+from kernels_pallas.backend import BACKENDS, attention_backend, default_backend
+from kernels_pallas.interface import AttentionBackend, AttentionOptions, KVLayout, QueryRuns, storage_dtype
 
-__all__ = ["KVLayout", "paged_attention", "write_kv"]
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionOptions",
+    "KVLayout",
+    "QueryRuns",
+    "attention_backend",
+    "default_backend",
+    "storage_dtype",
+]

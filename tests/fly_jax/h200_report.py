@@ -40,7 +40,7 @@ device_description_str: "NVIDIA H200"
 
 def main() -> None:
     node = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x8", target_config=H200)
-    shapes = shapes_of_8b(NUM_LAYERS, max_tp=8)
+    shapes = shapes_of_8b(NUM_LAYERS, max_tp=8, attention_backend="pallas")
     for tp in (1, 2, 4, 8):
         for kind in (StepKind.DECODE, StepKind.MIXED):
             print_report({"tp": tp, "kind": str(kind)}, partial(check_in_place, shapes, node.devices, tp, kind))

@@ -24,13 +24,13 @@ LLAMA_8B = {
 NUM_BLOCKS = 1237  # no other array has this many rows
 
 
-def shapes_of_8b(num_layers: int, max_tp: int) -> ProgramShapes:
+def shapes_of_8b(num_layers: int, max_tp: int, attention_backend: str = "xla") -> ProgramShapes:
     config = ModelConfig.from_hf({**LLAMA_8B, "num_hidden_layers": num_layers})
     spec = model_spec(config, max_tp, jnp.dtype("bfloat16"))
     kv = KVCacheSpec(NUM_BLOCKS, 16, num_layers, spec.partition.kv_heads, config.head_dim, 2)
     return ProgramShapes(
         spec, kv, jnp.dtype("bfloat16"), max_model_len=8192, max_num_seqs=8, max_num_batched_tokens=128,
-        num_devices=max_tp, base_tp=1,
+        num_devices=max_tp, base_tp=1, attention_backend=attention_backend,
     )  # fmt: skip
 
 
