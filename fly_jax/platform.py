@@ -64,13 +64,23 @@ def _threads() -> set[int]:
     return {int(each.name) for each in _THREADS.iterdir()} if _THREADS.is_dir() else set()
 
 
-def configure_deviceless_cuda() -> None:
+def configure_deviceless_cuda(dump: Path | None = None) -> None:
     """Lets jax compile for NVIDIA GPUs on a machine that has none; only before jax is imported.
 
     The CUDA plugin's version check asks a driver, so it is switched off.
+
+    Args:
+        dump: a folder for what XLA made of each program.
     """
+    if dump is not None:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}".strip()
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+
+
+def share_gpu_memory() -> None:
+    """Leaves GPU memory that jax does not use to other libraries of this process; only before jax starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def _requested_devices() -> int:

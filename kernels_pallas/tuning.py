@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from kernels_pallas.interface import KVLayout
 from kernels_pallas.work import WorkSizes
@@ -66,10 +68,38 @@ class Entry:
         )
 
 
-HOPPER = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
+_HOPPER = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
 _HOPPER_PROCESSORS = 132
+_SAFE_PROCESSORS = 108
 
-TABLE: tuple[Entry, ...] = ()
+
+def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int, int, int], evidence: str) -> Entry:
+    """``decode``: tile tokens, warps, programs a processor; ``prefill``: rows, tile tokens, warps, programs."""
+    tile, warps, programs = decode
+    rows, prefill_tile, prefill_warps, prefill_programs = prefill
+    return Entry(
+        chips=_HOPPER,
+        head_dim=head_dim,
+        group=None,
+        block_tokens=None,
+        decode=Tuning(16, tile, warps, 3, programs * _HOPPER_PROCESSORS, 256 // tile),
+        prefill=Tuning(
+            rows, prefill_tile, prefill_warps, 3, prefill_programs * _HOPPER_PROCESSORS, 256 // prefill_tile
+        ),
+        evidence=evidence,
+    )
+
+
+# Chosen by what the compiler makes of them (make check-h200): no register spilled at any degree, group or option, and
+# the programs a processor that registers and shared memory admit. Not one has been timed yet: that needs a GPU and
+# `python -m fly_jax.bench kernels --tune`, whose figures belong beside these.
+TABLE: tuple[Entry, ...] = (
+    _hopper(64, (128, 4, 4), (128, 64, 8, 2), "102 and 119 registers, 39 and 49 KB of shared memory"),
+    _hopper(80, (64, 8, 1), (128, 64, 8, 1), "198 and 126 registers, 23 and 62 KB of shared memory"),
+    _hopper(96, (64, 4, 4), (128, 64, 8, 1), "120 and 166 registers, 30 and 74 KB of shared memory"),
+    _hopper(128, (64, 8, 3), (128, 64, 8, 1), "80 and 234 registers, 39 and 99 KB of shared memory"),
+    _hopper(256, (32, 8, 2), (64, 32, 8, 1), "126 and 205 registers, 42 and 98 KB of shared memory"),
+)
 
 
 def tuning_for(chip: str, layout: KVLayout, group: int, queries: int) -> Tuning:
@@ -80,10 +110,23 @@ def tuning_for(chip: str, layout: KVLayout, group: int, queries: int) -> Tuning:
     return _safe(layout, queries)
 
 
+def candidates(chip: str, layout: KVLayout, group: int, queries: int) -> Iterator[Tuning]:
+    """What is worth timing on a new chip, the present choice first; some may not compile there."""
+    present = tuning_for(chip, layout, group, queries)
+    yield present
+    widths = (16,) if queries == 1 else (64, 128)
+    for rows, tile, warps, stages in product(widths, (32, 64, 128), (4, 8), (2, 3, 5)):
+        for programs in {present.programs, 2 * present.programs}:
+            tuning = Tuning(rows, tile, warps, stages, programs, 256 // tile)
+            if tuning != present:
+                yield tuning
+
+
 def _safe(layout: KVLayout, queries: int) -> Tuning:
     """Fits the 99 KB of shared memory that every GPU since Ampere gives a program, and 255 registers a thread."""
-    row_bytes = layout.head_dim * layout.dtype.itemsize
+    row_bytes = (1 << (layout.head_dim - 1).bit_length()) * layout.dtype.itemsize
     tile = max(16, min(64, 8192 // row_bytes))
-    if queries == 1:
-        return Tuning(16, tile, num_warps=4, num_stages=2, programs=4 * 108, min_item_tiles=256 // tile)
-    return Tuning(64, tile, num_warps=4, num_stages=2, programs=2 * 108, min_item_tiles=256 // tile)
+    warps = 4 if layout.dtype.itemsize == 2 else 8  # float32 products do not run on tensor cores: more registers
+    rows = 16 if queries == 1 else 64 if row_bytes <= 512 else 32
+    programs = (4 if queries == 1 else 2) * _SAFE_PROCESSORS
+    return Tuning(rows, tile, warps, num_stages=2, programs=programs, min_item_tiles=256 // tile)

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fly_jax.bench import switch
+from fly_jax.bench import kernels, switch
 from fly_jax.cli import STRATEGIES, Parser
+from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError, FlyJaxError
 
 
@@ -36,7 +37,39 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m fly_jax.bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_switch(commands.add_parser("switch", help="what each way of changing the layout costs streams in flight"))
+    _add_kernels(commands.add_parser("kernels", help="how near attention comes to what the device can do"))
     return parser
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Times attention over paged KV on one device, as a share of what the device copies (decodes) or multiplies "
+        "(prompts) in the same run, beside jax.nn.dot_product_attention and PyTorch's SDPA on contiguous KV. Without "
+        "a GPU it says so and times the path of plain JAX."
+    )
+    parser.set_defaults(command=kernels.run)
+    whole = {"type": int, "nargs": "+", "metavar": "N"}
+    parser.add_argument("--contexts", **whole, help="tokens of a request (default: 512 to 131072; on CPU 512, 2048)")
+    parser.add_argument("--batches", **whole, help="requests of a decode (default: 1 to 256; on CPU 1, 8)")
+    parser.add_argument(
+        "--degrees", **whole, default=[1, 2, 4, 8], help="TP degrees whose share of the heads one device takes"
+    )
+    parser.add_argument("--kv-heads", type=int, default=8, help="of the model (default: %(default)s)")
+    parser.add_argument("--group", type=int, default=4, help="query heads a KV head (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block at TP 1 (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=ATTENTION_BACKENDS, default="auto", help="pallas is interpreted on CPU (default: auto)"
+    )
+    parser.add_argument("--tune", action="store_true", help="time candidates for the kernels' tuning table instead")
+    _add_result_options(parser)
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
+    parser.add_argument(
+        "--result-dir", type=Path, default=Path("bench/results"), help="where to (default: %(default)s)"
+    )
 
 
 def _add_switch(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +91,7 @@ def _add_switch(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="only this one; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts' lengths (default: %(default)s)")
-    parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
-    parser.add_argument(
-        "--result-dir", type=Path, default=Path("bench/results"), help="where to (default: %(default)s)"
-    )
+    _add_result_options(parser)
 
 
 if __name__ == "__main__":

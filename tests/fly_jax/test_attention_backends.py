@@ -76,4 +76,4 @@ def test_an_unknown_backend_is_refused_by_the_option_and_by_the_function(folder:
 
 
 def test_the_options_offer_every_backend_there_is() -> None:
-    assert config.ATTENTION_BACKENDS == ("auto", *kernels_pallas.BACKENDS)
+    assert ("auto", *kernels_pallas.BACKENDS) == config.ATTENTION_BACKENDS

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from itertools import permutations
 
 import jax
@@ -15,6 +11,7 @@ from fly_jax.executables import StepKind
 from fly_jax.relayout import CHUNK_SLABS
 from fly_jax.relayout_plan import HeadSplits
 from tests.fly_jax.programs import check_head_copies_no_weight, check_in_place, check_relayout_in_place, shapes_of_8b
+from tests.h200 import run_report
 
 
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
@@ -45,14 +42,7 @@ def test_relayouts_run_in_place_on_cpu(source_tp: int, target_tp: int) -> None:
 
 @pytest.mark.h200
 def test_steps_run_in_place_on_a_node_of_h200s() -> None:
-    if importlib.util.find_spec("jax_cuda12_plugin") is None and importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("the CUDA plugin is not installed: make check-h200 installs it")
-    # A process of its own: the CUDA platform must be chosen before jax starts.
-    command = [sys.executable, "-m", "tests.fly_jax.h200_report"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reports = run_report("tests.fly_jax.h200_report")
     steps = {(tp, kind) for tp in (1, 2, 4, 8) for kind in ("decode", "mixed")}
     assert steps <= {(r["tp"], r["kind"]) for r in reports}
     assert sum(r["kind"].startswith("relayout") for r in reports) == 6
-    print(done.stdout)
