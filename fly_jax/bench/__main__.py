@@ -48,12 +48,12 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         "a GPU it says so and times the path of plain JAX."
     )
     parser.set_defaults(command=kernels.run)
-    whole = {"type": int, "nargs": "+", "metavar": "N"}
-    parser.add_argument("--contexts", **whole, help="tokens of a request (default: 512 to 131072; on CPU 512, 2048)")
-    parser.add_argument("--batches", **whole, help="requests of a decode (default: 1 to 256; on CPU 1, 8)")
-    parser.add_argument(
-        "--degrees", **whole, default=[1, 2, 4, 8], help="TP degrees whose share of the heads one device takes"
-    )
+    for name, default, text in (
+        ("contexts", None, "tokens of a request (default: 512 to 131072; on CPU 512 and 2048)"),
+        ("batches", None, "requests of a decode (default: 1 to 256; on CPU 1 and 8)"),
+        ("degrees", [1, 2, 4, 8], "TP degrees: a device takes its share of the heads (default: 1 2 4 8)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", default=default, help=text)
     parser.add_argument("--kv-heads", type=int, default=8, help="of the model (default: %(default)s)")
     parser.add_argument("--group", type=int, default=4, help="query heads a KV head (default: %(default)s)")
     parser.add_argument("--head-dim", type=int, default=128, help="(default: %(default)s)")

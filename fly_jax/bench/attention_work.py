@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def time_jax_contiguous(work: Work, budget_seconds: float) -> float | None:
     if work.queries not in (1, work.context):
         return None
     query, key, value = _contiguous(work)
-    implementation = "cudnn" if jax.default_backend() == "gpu" else None
+    implementation: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
 
     def step(query: Array, key: Array, value: Array) -> Array:
         for _ in range(LAYERS):

@@ -35,18 +35,25 @@ POOL_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured where nobody says otherwise."""
+    """What is measured where nobody says otherwise.
+
+    Attributes:
+        contexts, batches: of decodes.
+        prompts: contexts of prompts.
+    """
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
+    prompts: tuple[int, ...]
     copy_bytes: int
     matmul_width: int
     budget_seconds: float
 
 
-ON_GPU = Grid((512, 2048, 8192, 32_768, 131_072), (1, 8, 32, 128, 256), 2 * 10**9, 8192, 0.1)
+_CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
+ON_GPU = Grid(_CONTEXTS, (1, 8, 32, 128, 256), _CONTEXTS, 2 * 10**9, 8192, 0.1)
 # A CPU takes seconds for what a GPU does in milliseconds; the point there is that everything runs.
-ON_CPU = Grid((512, 2048), (1, 8), 256 * 10**6, 1024, 0.05)
+ON_CPU = Grid((512, 2048), (1, 8), (512,), 256 * 10**6, 1024, 0.05)
 
 
 @dataclass(frozen=True)
@@ -146,13 +153,13 @@ class _Bench:
 
     def work(self) -> Iterator[Work]:
         """Decodes of every batch and context, then prompts of every context, at every degree."""
-        options, room = self.options, self._pool_bytes()
-        contexts = options.contexts or self.grid.contexts
-        for tp, batch, context in itertools.product(options.degrees, options.batches or self.grid.batches, contexts):
+        options, grid, room = self.options, self.grid, self._pool_bytes()
+        batches, contexts = options.batches or grid.batches, options.contexts or grid.contexts
+        for tp, batch, context in itertools.product(options.degrees, batches, contexts):
             work = self._one(tp, batch, context, 1)
             if work.pool_bytes <= room:
                 yield work
-        for tp, context in itertools.product(options.degrees, contexts):
+        for tp, context in itertools.product(options.degrees, options.contexts or grid.prompts):
             work = self._one(tp, 1, context, context if context <= LONGEST_WHOLE_PROMPT else PROMPT_CHUNK)
             if work.pool_bytes <= room:
                 yield work
@@ -170,7 +177,8 @@ class _Bench:
         return Row(
             kind="decode" if work.queries == 1 else "prefill",
             tp=work.tp, batch=work.batch, context=work.context, queries=work.queries, backend=self.backend,
-            us=mine * 1e6, rate=amount / mine, share=amount / mine / self._best(work, rates), xla_us=_us(seconds["xla"]),
+            us=mine * 1e6, rate=amount / mine, share=amount / mine / self._best(work, rates),
+            xla_us=_us(seconds["xla"]),
             jax_us=_us(time_jax_contiguous(work, budget)),
             torch_us=_us(time_torch_sdpa(work, budget)) if self.has_torch else None,
         )  # fmt: skip
@@ -254,8 +262,9 @@ def _print(console: Console, rows: list[Row], rates: Rates) -> None:
             table.add_column(heading, justify="right")
         for row in (each for each in rows if each.kind == kind):
             table.add_row(
-                str(row.tp), str(row.batch), f"{row.context:,}", f"{row.queries:,}", row.backend, f"{row.us:,.1f}",
-                f"{row.rate / scale:,.1f}", f"{row.share:.1%}", *(_cell(us) for us in (row.xla_us, row.jax_us, row.torch_us)),
+                *(f"{each:,}" for each in (row.tp, row.batch, row.context, row.queries)), row.backend,
+                f"{row.us:,.1f}", f"{row.rate / scale:,.2f}", f"{row.share:.1%}",
+                *(_cell(us) for us in (row.xla_us, row.jax_us, row.torch_us)),
             )  # fmt: skip
         console.print(table)
     if any(row.backend == "pallas" for row in rows):
