@@ -11,7 +11,7 @@ NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve demo test stress lint format parity golden check-h200 train-demo clean
+.PHONY: help serve demo test stress lint format parity golden check-h200 check-gpu train-demo clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -61,10 +61,14 @@ golden: $(VENV)/.dev
 	$(BIN)/python -c 'import torch, transformers' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch>=2.6' 'transformers>=4.57'
 	$(BIN)/python -m tests.golden.make_golden
 
-# make check-h200    compiles the steps for a node of H200s; needs the CUDA plugin, no GPU
+# make check-h200    compiles the kernels and the steps for a node of H200s; needs the CUDA plugin, no GPU
 check-h200: $(VENV)/.dev
 	$(BIN)/python -c 'import jax_cuda12_plugin' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[cuda12]'
 	$(BIN)/python -m pytest -m h200
+
+# make check-gpu    tests the kernels on a real GPU
+check-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
 
 # make train-demo    trains the bundled model again (under an hour on two cores)
 train-demo: $(VENV)/.dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -77,6 +78,9 @@ def _attend(
     """
     num_runs, queries, heads, group, dim = query.shape
     chunk = context.chunk
+    # A GPU would round float32 operands to TF32.
+    exact = lax.Precision.HIGHEST if context.layout.dtype == jnp.float32 else lax.Precision.DEFAULT
+    product = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     scaled = query.astype(jnp.float32) * options.scale
     counted = jnp.arange(queries) < runs.lengths[:, None]
     # Padding sees nothing.
@@ -90,7 +94,7 @@ def _attend(
         seen = (places <= positions[:, :, None]) & (places < ends[:, None, None])
         if options.window is not None:
             seen &= places > positions[:, :, None] - options.window
-        scores = jnp.einsum("rqhgd,rhtd->rhgqt", scaled, key, preferred_element_type=jnp.float32)
+        scores = product("rqhgd,rhtd->rhgqt", scaled, key)
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
@@ -98,7 +102,7 @@ def _attend(
         top = jnp.maximum(best, scores.max(axis=-1))
         weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0.0)
         decay = jnp.exp(best - top)
-        update = jnp.einsum("rhgqt,rhtd->rhgqd", weights, value, preferred_element_type=jnp.float32)
+        update = product("rhgqt,rhtd->rhgqd", weights, value)
         return total * decay[..., None] + update, top, mass * decay + weights.sum(axis=-1)
 
     shape = (num_runs, heads, group, queries)

@@ -98,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     share_gpu_memory()
     bench = _Bench(options)
+    if options.tune and bench.backend != "pallas":
+        raise ConfigError("--tune times kernels, and there is no GPU here to time them on: run it where there is one")
     console = Console(width=None if Console().is_terminal else 160)
     if bench.backend == "xla":
         console.print("No GPU here, so the kernels are not timed: this is the XLA path on CPU.")
@@ -115,9 +117,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("contexts", "batches", "degrees"):
-        if min(getattr(options, name) or (1,)) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {min(getattr(options, name))}")
+    numbers = {name: getattr(options, name) or () for name in ("contexts", "batches", "degrees")}
+    numbers |= {name: (getattr(options, name),) for name in ("kv_heads", "group", "head_dim", "block_size")}
+    for name, values in numbers.items():
+        if min(values, default=1) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {min(values)}")
     for degree in options.degrees:
         if options.kv_heads % degree:
             raise ConfigError(f"--kv-heads {options.kv_heads} cannot be divided among TP {degree}: leave it out")
@@ -187,8 +191,6 @@ class _Bench:
         """Times candidates for the tuning table on a long and on a crowded decode and on a prompt, at each degree."""
         from kernels_pallas.tuning import candidates
 
-        if self.backend != "pallas":
-            raise ConfigError("--tune times kernels, and there is no GPU here to time them on")
         chip = self.device.device_kind
         for tp, (batch, context, queries) in itertools.product(self.options.degrees, TUNED_WORK):
             work = self._one(tp, batch, context, queries)
