@@ -10,11 +10,14 @@ from kernels_pallas.xla import XLABackend
 
 BACKENDS = ("xla", "pallas")
 _GPU = ("gpu", "cuda")
+_OLDEST_CAPABILITY = 8.0
 
 
 def default_backend(device: jax.Device) -> str:
-    """Kernels where there is a GPU."""
-    return "pallas" if device.platform in _GPU else "xla"
+    """Kernels where there is an NVIDIA GPU that Triton compiles for: Ampere or newer."""
+    capability = str(getattr(device, "compute_capability", ""))
+    newer = capability.replace(".", "", 1).isdigit() and float(capability) >= _OLDEST_CAPABILITY
+    return "pallas" if device.platform in _GPU and newer else "xla"
 
 
 def attention_backend(name: str, device: jax.Device) -> AttentionBackend:

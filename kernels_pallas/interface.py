@@ -100,7 +100,8 @@ class AttentionBackend(Protocol):
         """Causal attention of runs of queries, each over its own request's paged context.
 
         Args:
-            query: ``[runs, queries, kv_heads, group, head_dim]``: successive positions of one request a run.
+            query: ``[runs, queries, kv_heads, group, head_dim]``: successive positions of one request a run. Kernels
+                round it to the pool's dtype.
             pool: ``[num_blocks, elements]``, as :func:`~kernels_pallas.storage_dtype` keeps them.
             layer: whose keys and values are read.
             sinks: ``[kv_heads, group]``, a score without a value that every query sees besides its context
@@ -120,7 +121,7 @@ class AttentionBackend(Protocol):
         Args:
             pool: ``[num_blocks, elements]``, donated by the caller.
             key, value: ``[tokens, kv_heads, head_dim]``.
-            blocks: int32 ``[tokens]``; a number beyond the pool writes nothing. No two tokens share a place.
+            blocks: int32 ``[tokens]``; a number outside the pool writes nothing. No two tokens share a place.
             offsets: int32 ``[tokens]``: place inside the block.
 
         Returns:

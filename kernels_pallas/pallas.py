@@ -20,6 +20,7 @@ from kernels_pallas.tuning import Tuning, tuning_for
 from kernels_pallas.work import divide
 from kernels_pallas.write import TILE_TOKENS, write_kernel
 
+_COMBINE_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=1)
 _WRITE_PARAMS = plgpu.CompilerParams(num_warps=1, num_stages=1)
 
 
@@ -98,8 +99,7 @@ def _attend(
         grid=(rows.used, heads, sizes.target_items),
         out_shape=out,
         input_output_aliases={len(arguments) - 1: 0},
-        # One warp of a head_dim of 256 would spill.
-        compiler_params=plgpu.CompilerParams(num_warps=2 if dim > 128 else 1, num_stages=1),
+        compiler_params=_COMBINE_PARAMS,
         interpret=interpret,
         name="paged_attention_combine",
     )(*arguments)

@@ -17,7 +17,9 @@ class Tuning:
     Attributes:
         rows: most rows of a program's matrix product, which are queries by query heads of one KV head.
         tile_tokens: context positions of one iteration.
-        num_warps, num_stages: of Triton.
+        num_warps: of Triton.
+        num_stages: of Triton. One goes to the block table, from which the addresses of keys and values come: below 5,
+            the next tile is not copied while this one is computed (``cp.async.wait_group 0``).
         programs: that work is cut for.
         min_item_tiles: fewest tiles worth a program of their own.
     """
@@ -71,6 +73,7 @@ class Entry:
 _HOPPER = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
 _HOPPER_PROCESSORS = 132
 _SAFE_PROCESSORS = 108
+_PREFETCHING_STAGES = 5
 
 
 def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int, int, int], evidence: str) -> Entry:
@@ -82,9 +85,14 @@ def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int
         head_dim=head_dim,
         group=None,
         block_tokens=None,
-        decode=Tuning(16, tile, warps, 3, programs * _HOPPER_PROCESSORS, 256 // tile),
+        decode=Tuning(16, tile, warps, _PREFETCHING_STAGES, programs * _HOPPER_PROCESSORS, 256 // tile),
         prefill=Tuning(
-            rows, prefill_tile, prefill_warps, 3, prefill_programs * _HOPPER_PROCESSORS, 256 // prefill_tile
+            rows,
+            prefill_tile,
+            prefill_warps,
+            _PREFETCHING_STAGES,
+            prefill_programs * _HOPPER_PROCESSORS,
+            256 // prefill_tile,
         ),
         evidence=evidence,
     )
@@ -115,7 +123,7 @@ def candidates(chip: str, layout: KVLayout, group: int, queries: int) -> Iterato
     present = tuning_for(chip, layout, group, queries)
     yield present
     widths = (16,) if queries == 1 else (64, 128)
-    for rows, tile, warps, stages in product(widths, (32, 64, 128), (4, 8), (2, 3, 5)):
+    for rows, tile, warps, stages in product(widths, (32, 64, 128), (4, 8), (3, 5, 7)):
         for programs in {present.programs, 2 * present.programs}:
             tuning = Tuning(rows, tile, warps, stages, programs, 256 // tile)
             if tuning != present:
@@ -123,10 +131,10 @@ def candidates(chip: str, layout: KVLayout, group: int, queries: int) -> Iterato
 
 
 def _safe(layout: KVLayout, queries: int) -> Tuning:
-    """Fits the 99 KB of shared memory that every GPU since Ampere gives a program, and 255 registers a thread."""
+    """Fits the 99 KB of shared memory that every GPU since Ampere gives a program."""
     row_bytes = (1 << (layout.head_dim - 1).bit_length()) * layout.dtype.itemsize
     tile = max(16, min(64, 8192 // row_bytes))
     warps = 4 if layout.dtype.itemsize == 2 else 8  # float32 products do not run on tensor cores: more registers
     rows = 16 if queries == 1 else 64 if row_bytes <= 512 else 32
     programs = (4 if queries == 1 else 2) * _SAFE_PROCESSORS
-    return Tuning(rows, tile, warps, num_stages=2, programs=programs, min_item_tiles=256 // tile)
+    return Tuning(rows, tile, warps, num_stages=_PREFETCHING_STAGES, programs=programs, min_item_tiles=256 // tile)

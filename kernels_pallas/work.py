@@ -114,6 +114,8 @@ def divide(runs: QueryRuns, queries: int, sizes: WorkSizes, window: int | None) 
     tiles = jnp.where(exists, -(-end // tile) - first_tile, 0)
     item_tiles = jnp.maximum(sizes.min_item_tiles, -(-jnp.sum(tiles) // sizes.target_items))
     parts = -(-tiles // item_tiles)
+    part_tiles = -(-tiles // jnp.maximum(parts, 1))  # even parts: the last is not a small remainder
+    parts = -(-tiles // jnp.maximum(part_tiles, 1))
     cut = parts > 1
     ends = jnp.cumsum(parts)
     slot_ends = jnp.cumsum(jnp.where(cut, parts, 0))
@@ -122,8 +124,8 @@ def divide(runs: QueryRuns, queries: int, sizes: WorkSizes, window: int | None) 
     index = ends[-1] - 1 - jnp.arange(sizes.max_items(runs.rows.shape[0], queries), dtype=jnp.int32)
     owner = _owner(ends, index)
     part = index - (ends - parts)[owner]
-    item_begin = (first_tile[owner] + part * item_tiles) * tile
-    item_end = jnp.minimum(item_begin + item_tiles * tile, end[owner])
+    item_begin = (first_tile[owner] + part * part_tiles[owner]) * tile
+    item_end = jnp.minimum(item_begin + part_tiles[owner] * tile, end[owner])
     slot = jnp.where(cut[owner], (slot_ends - parts)[owner] + part, -1)
     columns = {
         Item.TABLE_ROW: blocks.row[owner],

@@ -32,7 +32,7 @@ def write_kernel(
     Args:
         layer_ref: int32 ``[1]``.
         key, value: ``[tokens, kv_heads, head_dim]`` in the pool's storage type.
-        blocks, offsets: int32 ``[tokens]``; a block beyond the pool writes nothing.
+        blocks, offsets: int32 ``[tokens]``; a block outside the pool writes nothing.
         pool: ``[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]``, in place of the argument before it.
     """
     head, layer = pl.program_id(0), layer_ref[0]

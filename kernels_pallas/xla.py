@@ -34,6 +34,7 @@ class XLABackend:
         rows = jnp.stack([key, value], axis=1).astype(layout.dtype)
         if pool.dtype != layout.dtype:
             rows = lax.bitcast_convert_type(rows, pool.dtype)
+        blocks = jnp.where(blocks < 0, pool.shape[0], blocks)  # an index below 0 would count from the end
         written = layout.view(pool).at[blocks, layer, :, :, offsets].set(rows, mode="drop")
         return written.reshape(pool.shape)
 

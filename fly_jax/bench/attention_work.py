@@ -18,8 +18,9 @@ from fly_jax.group_scheduler import TILE_TOKENS
 from fly_jax.kv_cache import KVCacheSpec
 from kernels_pallas import AttentionBackend, AttentionOptions, KVLayout, QueryRuns, storage_dtype
 
-# Calls that follow one another in a program, each on another layer's KV: as in a step, and nothing stays in a cache.
-LAYERS = 4
+# Calls that follow one another in a program, each on another layer's KV, as in a step. What a program does once (it
+# divides the work) is spread over fewer layers than a model has; KV of all layers that fits a cache stays there.
+LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Work:
     context: int
     queries: int
     dtype: Any = jnp.bfloat16
+
+    def __str__(self) -> str:
+        return f"TP {self.tp}, batch {self.batch}, context {self.context:,}, {self.queries:,} new tokens each"
 
     @property
     def spec(self) -> KVCacheSpec:
@@ -144,28 +148,29 @@ def time_jax_contiguous(work: Work, budget_seconds: float) -> float | None:
     """Seconds of ``jax.nn.dot_product_attention`` on contiguous keys and values; None where it cannot be compared."""
     if work.queries not in (1, work.context):
         return None
-    query, key, value = _contiguous(work)
+    query, layers = _contiguous(work)
     implementation: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
 
-    def step(query: Array, key: Array, value: Array) -> Array:
-        for _ in range(LAYERS):
+    def step(query: Array, layers: list[tuple[Array, Array]]) -> Array:
+        for key, value in layers:
             query = jax.nn.dot_product_attention(
                 query, key, value, scale=work.options.scale, is_causal=work.queries > 1, implementation=implementation
             )
         return query
 
-    return seconds_per_call(jax.jit(step), (query, key, value), budget_seconds) / LAYERS
+    return seconds_per_call(jax.jit(step), (query, layers), budget_seconds) / LAYERS
 
 
-def _contiguous(work: Work) -> tuple[Array, Array, Array]:
-    heads, dim = work.local_heads, work.heads.head_dim
-    shapes = ((work.queries, heads * work.heads.group), (work.context, heads), (work.context, heads))
-    keys = jax.random.split(jax.random.key(2), 3)
-    query, key, value = (
-        jax.random.normal(each, (work.batch, *shape, dim), jnp.dtype(work.dtype))
-        for each, shape in zip(keys, shapes, strict=True)
-    )
-    return query, key, value
+def _contiguous(work: Work) -> tuple[Array, list[tuple[Array, Array]]]:
+    """A query, and keys and values of each layer."""
+    heads, dim, dtype = work.local_heads, work.heads.head_dim, jnp.dtype(work.dtype)
+    keys = iter(jax.random.split(jax.random.key(2), 1 + 2 * LAYERS))
+    query = jax.random.normal(next(keys), (work.batch, work.queries, heads * work.heads.group, dim), dtype)
+    shape = (work.batch, work.context, heads, dim)
+    return query, [
+        (jax.random.normal(next(keys), shape, dtype), jax.random.normal(next(keys), shape, dtype))
+        for _ in range(LAYERS)
+    ]
 
 
 def torch_on_gpu() -> bool:
@@ -186,13 +191,15 @@ def time_torch_sdpa(work: Work, budget_seconds: float) -> float | None:
     dtype = {2: torch.bfloat16, 4: torch.float32}[jnp.dtype(work.dtype).itemsize]
     heads, dim = work.local_heads, work.heads.head_dim
     query = torch.randn(work.batch, heads * work.heads.group, work.queries, dim, dtype=dtype, device="cuda")
-    key, value = (torch.randn(work.batch, heads, work.context, dim, dtype=dtype, device="cuda") for _ in range(2))
+    layers = [
+        tuple(torch.randn(work.batch, heads, work.context, dim, dtype=dtype, device="cuda") for _ in range(2))
+        for _ in range(LAYERS)
+    ]
     attend: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
 
     def step() -> None:
         out = query
-        for _ in range(LAYERS):
+        for key, value in layers:
             out = attend(out, key, value, is_causal=work.queries > 1, enable_gqa=True)
-        torch.cuda.synchronize()
 
-    return seconds_per_call(step, (), budget_seconds) / LAYERS
+    return seconds_per_call(step, (), budget_seconds, wait=lambda _: torch.cuda.synchronize()) / LAYERS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +106,15 @@ def run(options: argparse.Namespace) -> int:
     if options.tune:
         bench.tune(console, rates)
         return 0
-    rows = [bench.measure(work, rates) for work in track(list(bench.work()), "timing", console=Console(stderr=True))]
+    work, too_large = bench.work()
+    rows = [bench.measure(each, rates) for each in track(work, "timing", console=Console(stderr=True))]
     _print(console, rows, rates)
+    for each in too_large:
+        console.print(f"left out, its KV does not fit {POOL_SHARE:.0%} of the memory: {each}")
     if options.save_result:
-        found = {"kernels": options.heads_text, "backend": bench.backend, **asdict(rates)}
-        path = results.save(options.result_dir, "kernels", {**found, "rows": [asdict(row) for row in rows]})
-        console.print(f"written to {path}")
+        found: dict[str, Any] = {"heads": asdict(bench.heads), "dtype": "bfloat16", "backend": bench.backend}
+        found |= {**asdict(rates), "rows": [asdict(row) for row in rows], "left_out": [str(each) for each in too_large]}
+        console.print(f"written to {results.save(options.result_dir, 'kernels', found)}")
     return 0
 
 
@@ -125,7 +127,6 @@ def _check(options: argparse.Namespace) -> None:
     for degree in options.degrees:
         if options.kv_heads % degree:
             raise ConfigError(f"--kv-heads {options.kv_heads} cannot be divided among TP {degree}: leave it out")
-    options.heads_text = f"{options.kv_heads} KV heads x {options.group}, head_dim {options.head_dim}, bf16"
 
 
 class _Bench:
@@ -155,18 +156,16 @@ class _Bench:
             matmul_flops_per_second(grid.matmul_width, jnp.bfloat16, grid.budget_seconds),
         )
 
-    def work(self) -> Iterator[Work]:
-        """Decodes of every batch and context, then prompts of every context, at every degree."""
+    def work(self) -> tuple[list[Work], list[Work]]:
+        """Decodes of every batch and context, then prompts of every context, at every degree; those that do not fit."""
         options, grid, room = self.options, self.grid, self._pool_bytes()
         batches, contexts = options.batches or grid.batches, options.contexts or grid.contexts
-        for tp, batch, context in itertools.product(options.degrees, batches, contexts):
-            work = self._one(tp, batch, context, 1)
-            if work.pool_bytes <= room:
-                yield work
-        for tp, context in itertools.product(options.degrees, options.contexts or grid.prompts):
-            work = self._one(tp, 1, context, context if context <= LONGEST_WHOLE_PROMPT else PROMPT_CHUNK)
-            if work.pool_bytes <= room:
-                yield work
+        decodes = itertools.product(options.degrees, batches, contexts)
+        prompts = itertools.product(options.degrees, options.contexts or grid.prompts)
+        work = [self._one(tp, batch, context, 1) for tp, batch, context in decodes]
+        for tp, context in prompts:
+            work.append(self._one(tp, 1, context, context if context <= LONGEST_WHOLE_PROMPT else PROMPT_CHUNK))
+        return [each for each in work if each.pool_bytes <= room], [each for each in work if each.pool_bytes > room]
 
     def measure(self, work: Work, rates: Rates) -> Row:
         from fly_jax.bench.attention_work import time_jax_contiguous, time_paged, time_torch_sdpa
@@ -196,7 +195,7 @@ class _Bench:
             work = self._one(tp, batch, context, queries)
             tunings = list(candidates(chip, work.layout(), self.heads.group, queries))
             timed = [(seconds, tuning) for tuning in tunings if (seconds := self._time_tuning(work, tuning))]
-            console.print(f"TP {tp}, batch {batch}, context {context:,}, {queries:,} new tokens each:")
+            console.print(f"{work}:")
             for seconds, tuning in sorted(timed, key=lambda each: each[0])[:5]:
                 share = self._amount(work) / seconds / self._best(work, rates)
                 console.print(f"  {seconds * 1e6:9.1f} us  {share:6.1%}  {tuning}")

@@ -142,12 +142,15 @@ def kernels_in(dump: Path) -> dict[str, Any]:
             found[name] = {"registers": None, "shared_memory_bytes": int(size)}
     ptxas = _ptxas()
     for file in dump.glob("*.ptx") if ptxas else ():
-        entry = re.search(r"\.entry (\w+)", file.read_text())
+        code = file.read_text()
+        entry = re.search(r"\.entry (\w+)", code)
         if entry and entry[1] in found:
             command = [str(ptxas), "-v", "-arch=sm_90a", str(file), "-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             used = re.search(r"Used (\d+) registers", done.stdout + done.stderr)
             found[entry[1]]["registers"] = int(used[1]) if used else None
+            waits = [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)]
+            found[entry[1]]["copies_in_flight"] = max(waits, default=0)
     return found
 
 

@@ -92,7 +92,7 @@ def test_a_sink_of_minus_infinity_is_none_and_a_huge_one_takes_everything(backen
     contexts = small_contexts(70, dtype=np.float32)
     query, runs = random_queries(1, 1, contexts, group=2), [Run(0, 69, 1)]
     plain = contexts.attend(backend, query, runs, OPTIONS)
-    no_sink = contexts.attend(backend, query, runs, OPTIONS, np.full((2, 2), -1e20, np.float32))
+    no_sink = contexts.attend(backend, query, runs, OPTIONS, np.full((2, 2), -np.inf, np.float32))
     np.testing.assert_allclose(no_sink, plain, rtol=1e-5, atol=1e-6)
     all_sink = contexts.attend(backend, query, runs, OPTIONS, np.full((2, 2), 1e4, np.float32))
     assert (all_sink == 0).all()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas import AttentionBackend, AttentionOptions, KVLayout, QueryRuns, attention_backend
+from kernels_pallas.pallas import PallasBackend
+from kernels_pallas.tuning import Tuning
 from tests.kernels_pallas.cases import CASES, LONG_CASES, TILE_QUERIES, TOLERANCE, Case
 from tests.kernels_pallas.contexts import PagedContexts, Run, random_queries, relative_error
 
@@ -17,12 +19,14 @@ pytestmark = [
 ]
 
 
-def kernels() -> AttentionBackend:
-    return attention_backend("pallas", jax.devices()[0])
+def kernels(tuning: Tuning | None = None) -> AttentionBackend:
+    return PallasBackend(jax.devices()[0].device_kind, tuning=tuning)
 
 
 @pytest.mark.parametrize("case", [*CASES, *LONG_CASES], ids=str)
 def test_the_kernels_equal_attention_by_its_definition(case: Case) -> None:
+    """In the case's sizes, which cut contexts into many items, and in the table's."""
+    assert case.error(kernels(case.tuning)) < TOLERANCE[case.dtype]
     assert case.error(kernels()) < TOLERANCE[case.dtype]
 
 

@@ -51,11 +51,11 @@ def test_a_write_lands_in_its_place_and_nowhere_else(
 
 
 @BACKENDS
-def test_writes_beyond_the_pool_are_dropped(backend: AttentionBackend) -> None:
+def test_writes_outside_the_pool_are_dropped(backend: AttentionBackend) -> None:
     layout = make_layout(1, BFLOAT16)
     before = random_pool(layout, 4)
     new = jnp.ones((3, 1, 16), jnp.bfloat16)
-    blocks, offsets = jnp.array([4, 2**31 - 1, 4], jnp.int32), jnp.array([0, 1, 3], jnp.int32)
+    blocks, offsets = jnp.array([4, 2**31 - 1, -1], jnp.int32), jnp.array([0, 1, 3], jnp.int32)
     np.testing.assert_array_equal(backend.write_kv(jnp.asarray(before), 0, new, new, blocks, offsets, layout), before)
 
 
