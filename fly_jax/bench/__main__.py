@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fly_jax.bench import kernels, switch
+from fly_jax.bench import kernels, latency, report, switch, throughput
 from fly_jax.cli import STRATEGIES, Parser
 from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError, FlyJaxError
@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_switch(commands.add_parser("switch", help="what each way of changing the layout costs streams in flight"))
     _add_kernels(commands.add_parser("kernels", help="how near attention comes to what the device can do"))
+    throughput.add_arguments(commands.add_parser("throughput", help="tokens a second of many requests at once"))
+    latency.add_arguments(commands.add_parser("latency", help="how long one batch takes"))
+    report.add_arguments(commands.add_parser("report", help="one HTML page with pictures from result files"))
     return parser
 
 

@@ -1,0 +1,113 @@
+"""``throughput``: requests and tokens a second when all requests are there at once, in each layout."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fly_jax.bench import offline
+
+# Untimed requests, a device: they touch what the first requests of an engine or of a layout find cold.
+WARMUP_PROMPTS_A_DEVICE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """One layout's figures, under vLLM's names where it has them.
+
+    Attributes:
+        switch_ms: what coming from the layout before took; None in the first.
+        elapsed_time: seconds.
+        total_num_tokens, tokens_per_second: of prompts and answers.
+        output_tokens_per_second: of answers only.
+    """
+
+    layout: str
+    switch_ms: float | None
+    elapsed_time: float
+    num_requests: int
+    total_num_tokens: int
+    total_output_tokens: int
+    requests_per_second: float
+    tokens_per_second: float
+    output_tokens_per_second: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Gives the engine all requests at once, in this process and without HTTP, and measures how long it takes. "
+        "Prompts are random token ids, answers go on past the end-of-sequence token."
+    )
+    parser.set_defaults(command=run)
+    offline.add_engine_arguments(parser, input_len=128, output_len=64)
+    parser.add_argument("--num-prompts", type=int, default=128, help="requests a layout (default: %(default)s)")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=32,
+        help="most requests at once in a group (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, prints and writes.
+
+    Raises:
+        ConfigError, LayoutError: an option is wrong; one line that says what to do.
+    """
+    offline.check(options, ("num_prompts", "max_num_seqs"))
+    with offline.loaded_engine(options, options.max_num_seqs) as llm:
+        rows = measure(llm, options)
+    _print(rows, options)
+    if options.output_json is not None:
+        settings = {"input_len": options.input_len, "output_len": options.output_len, "seed": options.seed}
+        written = offline.result(options, settings, [asdict(row) for row in rows])
+        offline.save(options.output_json, written)
+        print(f"written to {options.output_json}")
+    return 0
+
+
+def measure(llm: offline.OfflineEngine, options: argparse.Namespace) -> list[Throughput]:
+    """One row a layout."""
+    prompts = offline.PromptSource(options.seed, llm.model_config.vocab_size, options.input_len)
+    rows = []
+    for here in offline.each_layout(llm, options):
+        warmup = prompts.take(WARMUP_PROMPTS_A_DEVICE * options.devices)
+        offline.timed_generate(llm, warmup, options.output_len)
+        elapsed, outputs = offline.timed_generate(llm, prompts.take(options.num_prompts), options.output_len)
+        of_prompts = sum(len(each.prompt_token_ids) for each in outputs)
+        of_answers = sum(len(each.token_ids) for each in outputs)
+        rows.append(throughput(here, elapsed, len(outputs), of_prompts, of_answers))
+    return rows
+
+
+def throughput(here: offline.InLayout, elapsed: float, requests: int, of_prompts: int, of_answers: int) -> Throughput:
+    """The rates of so many requests and tokens in ``elapsed`` seconds."""
+    total = of_prompts + of_answers
+    return Throughput(
+        layout=here.layout,
+        switch_ms=here.switch_ms,
+        elapsed_time=elapsed,
+        num_requests=requests,
+        total_num_tokens=total,
+        total_output_tokens=of_answers,
+        requests_per_second=requests / elapsed,
+        tokens_per_second=total / elapsed,
+        output_tokens_per_second=of_answers / elapsed,
+    )
+
+
+def _print(rows: list[Throughput], options: argparse.Namespace) -> None:
+    table = Table(
+        title=f"{options.num_prompts} requests of {options.input_len} + {options.output_len} tokens at once, "
+        f"{options.devices} devices"
+    )
+    for heading in ("layout", "switched in ms", "seconds", "requests/s", "tokens/s", "output tokens/s"):
+        table.add_column(heading, justify="left" if heading == "layout" else "right")
+    for row in rows:
+        rates: tuple[Any, ...] = (row.requests_per_second, row.tokens_per_second, row.output_tokens_per_second)
+        switched = "-" if row.switch_ms is None else f"{row.switch_ms:,.1f}"
+        table.add_row(row.layout, switched, f"{row.elapsed_time:,.2f}", *(f"{each:,.1f}" for each in rates))
+    Console(width=None if Console().is_terminal else 160).print(table)
