@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fly_jax.bench import kernels, switch
+from fly_jax.bench.serve_options import add_serve_options
 from fly_jax.cli import STRATEGIES, Parser
 from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError, FlyJaxError
@@ -33,12 +34,24 @@ def _switch(options: argparse.Namespace) -> int:
     return switch.run(options)
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from fly_jax.bench import serve
+
+    return serve.run(options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m fly_jax.bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="what clients of a server under load see"))
     _add_switch(commands.add_parser("switch", help="what each way of changing the layout costs streams in flight"))
     _add_kernels(commands.add_parser("kernels", help="how near attention comes to what the device can do"))
     return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_serve)
+    _add_result_options(add_serve_options(parser))
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +78,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     _add_result_options(parser)
 
 
-def _add_result_options(parser: argparse.ArgumentParser) -> None:
+def _add_result_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
     parser.add_argument(
         "--result-dir", type=Path, default=Path("bench/results"), help="where to (default: %(default)s)"
