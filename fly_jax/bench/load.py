@@ -81,12 +81,19 @@ class Clock(Protocol):
         """Lets others run at least once, even if it is late already."""
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """Encoded before the run: that takes longer than sending, and requests behind it would leave late."""
+
+    planned: PlannedRequest
+    body: bytes
+
+
 class Sender(Protocol):
     """What carries requests to a server: a ``StreamingClient``."""
 
-    def encode(self, planned: PlannedRequest) -> bytes: ...
-
-    async def send(self, planned: PlannedRequest, body: bytes) -> RequestRecord: ...
+    async def send(self, planned: PlannedRequest, body: bytes) -> RequestRecord:
+        """Returns when the request has ended; a cancellation ends it and is not raised."""
 
 
 class RunClock:
@@ -106,13 +113,17 @@ class RunClock:
 
 
 async def send_all(
-    planned: Sequence[PlannedRequest],
+    prepared: Sequence[PreparedRequest],
     sender: Sender,
     clock: Clock,
     max_concurrency: int | None = None,
     on_ended: Callable[[], None] = lambda: None,
 ) -> SentRequests:
     """Sends each request at its time, however late the one before it was, and waits for all.
+
+    Args:
+        prepared: in the order of their times.
+        on_ended: called as each request ends.
 
     A cancellation ends the run and is not raised: what has come so far is returned.
     """
@@ -128,14 +139,13 @@ async def send_all(
 
     interrupted = False
     try:
-        for request in sorted(planned, key=lambda request: request.at):
-            body = sender.encode(request)
-            await clock.sleep_until(request.at)
+        for request in prepared:
+            await clock.sleep_until(request.planned.at)
             waiting_since = clock.now()
             if slots is not None:
                 await slots.acquire()
             waits.append(clock.now() - waiting_since)
-            task = asyncio.create_task(sender.send(request, body))
+            task = asyncio.create_task(sender.send(request.planned, request.body))
             task.add_done_callback(ended)
             tasks.append(task)
         if tasks:
@@ -144,7 +154,6 @@ async def send_all(
         interrupted = True
         _forget_cancellation()
     finally:
-        # After an error of the plan's, too, nothing is left running.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -172,15 +181,15 @@ async def run_load_async(planned: Sequence[PlannedRequest], target: Target, opti
     _allow_open_files(min(len(planned), options.max_concurrency or len(planned)) + SPARE_FILES)
     clock = RunClock()
     async with StreamingClient(target, clock.now) as client:
-        # So that a request that cannot be sent is known before the first is.
-        client.encode(planned[0])
+        ordered = sorted(planned, key=lambda request: request.at)
+        prepared = [PreparedRequest(request, client.encode(request)) for request in ordered]
         watcher = LayoutWatcher(partial(client.get_json, "/layout", timeout=4 * POLL_SECONDS), clock.now)
         has_layouts = options.watch_layout and await watcher.start()
         with RunProgress(len(planned), options.show_progress) as progress:
             cpu_before = time.process_time()
             clock.start()
             async with _watching(watcher if has_layouts else None):
-                sent = await send_all(planned, client, clock, options.max_concurrency, progress.request_ended)
+                sent = await send_all(prepared, client, clock, options.max_concurrency, progress.request_ended)
                 duration = clock.now()
             cpu_seconds = time.process_time() - cpu_before
     return LoadResult(sent, watcher.timeline(), duration, cpu_seconds, has_layouts)
