@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
+from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError
 from fly_jax.platform import share_gpu_memory
 
@@ -86,6 +87,30 @@ class Row:
     xla_us: float | None
     jax_us: float | None
     torch_us: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Times attention over paged KV on one device, as a share of what the device copies (decodes) or multiplies "
+        "(prompts) in the same run, beside jax.nn.dot_product_attention and PyTorch's SDPA on contiguous KV. Without "
+        "a GPU it says so and times the path of plain JAX."
+    )
+    parser.set_defaults(command=run)
+    for name, default, text in (
+        ("contexts", None, "tokens of a request (default: 512 to 131072; on CPU 512 and 2048)"),
+        ("batches", None, "requests of a decode (default: 1 to 256; on CPU 1 and 8)"),
+        ("degrees", [1, 2, 4, 8], "TP degrees: a device takes its share of the heads (default: 1 2 4 8)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", default=default, help=text)
+    parser.add_argument("--kv-heads", type=int, default=8, help="of the model (default: %(default)s)")
+    parser.add_argument("--group", type=int, default=4, help="query heads a KV head (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block at TP 1 (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=ATTENTION_BACKENDS, default="auto", help="pallas is interpreted on CPU (default: auto)"
+    )
+    parser.add_argument("--tune", action="store_true", help="time candidates for the kernels' tuning table instead")
+    results.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

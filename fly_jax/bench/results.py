@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -13,26 +14,42 @@ from typing import Any
 import fly_jax
 
 
-def provenance() -> dict[str, Any]:
-    """When, with what and on what a figure was measured."""
-    import jax
+def provenance(*, of_devices: bool = True) -> dict[str, Any]:
+    """When, with what and on what a figure was measured.
 
-    devices = jax.devices()
+    Args:
+        of_devices: with this process's devices, which starts them; a client of another process's server must not take
+            memory of devices that may be that server's, and would show its own.
+    """
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "fly_jax": fly_jax.__version__,
         "jax": version("jax"),
         "jaxlib": version("jaxlib"),
         "python": platform.python_version(),
-        "device_kind": devices[0].device_kind,
-        "num_devices": len(devices),
+        **(_devices() if of_devices else {}),
         "host": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 
-def save(folder: Path, name: str, result: dict[str, Any]) -> Path:
-    """Writes ``name.json`` and returns its path."""
+def _devices() -> dict[str, Any]:
+    import jax
+
+    devices = jax.devices()
+    return {"device_kind": devices[0].device_kind, "num_devices": len(devices)}
+
+
+def save(folder: Path, name: str, result: dict[str, Any], *, of_devices: bool = True) -> Path:
+    """Writes ``name.json``, what the result says before where it comes from, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps({**provenance(of_devices=of_devices), **result}, indent=1) + "\n")
     return path
+
+
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Whether a command saves its figures, and where."""
+    parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
+    parser.add_argument(
+        "--result-dir", type=Path, default=Path("bench/results"), help="where to (default: %(default)s)"
+    )

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
+from fly_jax.cli import STRATEGIES
 from fly_jax.config import EngineConfig
 from fly_jax.errors import ConfigError, EngineDeadError, LayoutError
 from fly_jax.layout import Layout
@@ -76,12 +78,36 @@ class Outcome:
     requests_paused: int
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Keeps streams in flight, changes the layout under them with each strategy, and prints what that cost: "
+        "between every two uniform layouts and two mixed ones, or between those given by --switch."
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the bundled demo model)")
+    parser.add_argument(
+        "--devices", type=int, default=8, help="devices; on CPU that many virtual ones (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--streams", type=int, default=16, help="requests in flight at each switch (default: %(default)s)"
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="times that each switch is made (default: %(default)s)")
+    parser.add_argument(
+        "--switch", action="append", metavar="FROM,TO", help="only this switch, such as dp8,4+2+2; may be repeated"
+    )
+    parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="only this one; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts' lengths (default: %(default)s)")
+    results.add_arguments(parser)
+
+
 def run(options: argparse.Namespace) -> int:
     """Measures and prints.
 
     Raises:
         ConfigError, LayoutError: an option is wrong; one line that says what to do.
     """
+    if options.devices & (options.devices - 1):
+        raise ConfigError(f"--devices must be a power of two, got {options.devices}")
     if min(options.streams, options.repeat, options.devices) < 1:
         raise ConfigError("--streams, --repeat and --devices must be at least 1")
     cases = _cases(options)

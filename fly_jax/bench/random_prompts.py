@@ -1,0 +1,96 @@
+"""Prompts of random content and of uniformly distributed lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fly_jax.bench.requests import PlannedRequest
+from fly_jax.errors import ConfigError
+
+# Special tokens mostly have the lowest ids.
+LOWEST_TOKEN_ID = 10
+# For endpoints that take no token ids; each is about one token for the tokenizers of most models.
+WORDS = (
+    "the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "his", "they", "at", "be", "this",
+    "have", "from", "or", "one", "had", "by", "word", "but", "not", "what", "all", "were", "we", "when", "your", "can",
+    "said", "there", "use", "an", "each", "which", "she", "do", "how", "their", "if", "will", "up", "other", "about",
+    "out", "many", "then", "them", "these", "so", "some", "her", "would", "make", "like", "him", "into", "time",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RandomLengths:
+    """Uniform ranges of lengths in tokens, as ``--random-range-ratio`` of ``vllm bench serve`` defines them.
+
+    Attributes:
+        input_len, output_len: the middles of the ranges.
+        range_ratio: lengths go from ``1 - range_ratio`` to ``1 + range_ratio`` times the middle, both included.
+
+    Raises:
+        ConfigError: a length below 1, or a ratio outside of [0, 1).
+    """
+
+    input_len: int
+    output_len: int
+    range_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("input", self.input_len), ("output", self.output_len)):
+            if value < 1:
+                raise ConfigError(f"--random-{name}-len must be at least 1, got {value}")
+        if not 0 <= self.range_ratio < 1:
+            raise ConfigError(f"--random-range-ratio must be in [0, 1), got {self.range_ratio:g}")
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a request, prompt and output."""
+        return self._range(self.input_len)[1] + self._range(self.output_len)[1]
+
+    def draw(self, generator: np.random.Generator, count: int) -> tuple[list[int], list[int]]:
+        """Lengths of ``count`` prompts and outputs."""
+        inputs, outputs = (
+            generator.integers(*self._range(middle), size=count, endpoint=True).tolist()
+            for middle in (self.input_len, self.output_len)
+        )
+        return inputs, outputs
+
+    def _range(self, middle: int) -> tuple[int, int]:
+        return max(1, math.floor(middle * (1 - self.range_ratio))), math.ceil(middle * (1 + self.range_ratio))
+
+
+def random_requests(
+    times: Sequence[float], lengths: RandomLengths, vocab_size: int, seed: int, *, as_text: bool = False
+) -> list[PlannedRequest]:
+    """One request for each time.
+
+    Args:
+        vocab_size: token ids are drawn from [10, vocab_size).
+        as_text: prompts of as many common words, for endpoints that take no token ids; the server's usage then says
+            how many tokens they have.
+
+    Raises:
+        ConfigError: the vocabulary leaves no token id to draw.
+    """
+    if vocab_size <= LOWEST_TOKEN_ID:
+        raise ConfigError(f"--vocab-size must be above {LOWEST_TOKEN_ID}, got {vocab_size}")
+    generator = np.random.default_rng(seed)
+    inputs, outputs = lengths.draw(generator, len(times))
+    return [
+        PlannedRequest(
+            at=at,
+            prompt=_words(generator, prompt_tokens)
+            if as_text
+            else tuple(generator.integers(LOWEST_TOKEN_ID, vocab_size, prompt_tokens).tolist()),
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+        )
+        for at, prompt_tokens, max_tokens in zip(times, inputs, outputs, strict=True)
+    ]
+
+
+def _words(generator: np.random.Generator, count: int) -> str:
+    return " ".join(WORDS[index] for index in generator.integers(0, len(WORDS), count))

@@ -1,0 +1,118 @@
+"""A server of our own, as a child process that lasts as long as a benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import httpx
+
+from fly_jax.errors import ConfigError
+
+START_TIMEOUT_SECONDS = 1800
+STOP_TIMEOUT_SECONDS = 60
+# Given by us; a second value would go before ours and the server would not be found.
+OWN_ARGUMENTS = ("--host", "--port", "--api-key")
+
+
+def split_server_arguments(text: str) -> list[str]:
+    """Arguments of ``fly-jax serve``, as a shell would read them.
+
+    Raises:
+        ConfigError: an open quote, or an argument that the benchmark has to choose.
+    """
+    try:
+        arguments = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--server-args cannot be read: {error}, in {text!r}") from error
+    for argument in arguments:
+        if argument.partition("=")[0] in OWN_ARGUMENTS:
+            raise ConfigError(f"--server-args must leave out {argument}: the benchmark chooses where its server is")
+    return arguments
+
+
+def vocab_size(model: Path) -> int:
+    """From the model folder's config.json.
+
+    Raises:
+        ConfigError: there is none, or it does not say.
+    """
+    path = model / "config.json"
+    try:
+        return int(json.loads(path.read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} does not give a vocab_size ({error!r}): is {model} a model folder?") from error
+
+
+@contextlib.contextmanager
+def self_hosted(model: Path, arguments: list[str]) -> Iterator[str]:
+    """Starts ``fly-jax serve MODEL`` on a free port, yields its URL when it is ready, stops it at the end.
+
+    Its messages go to standard error. It has a session of its own, so that a Ctrl-C in the terminal reaches only the
+    benchmark, which stops it when the partial results are in.
+
+    Raises:
+        ConfigError: the server ended, or was not ready in time.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "fly_jax", "serve", str(model), "--port", str(port), *arguments]
+    url = f"http://127.0.0.1:{port}"
+    with _stopping_on_sigterm(), subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as process:
+        try:
+            _wait_until_ready(process, url)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[Any], url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ConfigError(
+                f"the server ended with code {process.returncode} before it was ready: see its message above, and "
+                "check --self-hosted and --server-args"
+            )
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", trust_env=False).is_success:
+                return
+        time.sleep(0.2)
+    raise ConfigError(f"the server was not ready after {START_TIMEOUT_SECONDS} s")
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """A benchmark that is told to end must not leave its server behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)

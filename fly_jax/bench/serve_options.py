@@ -1,0 +1,131 @@
+"""Options of ``python -m fly_jax.bench serve``, with the names of ``vllm bench serve`` where the thing is the same."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fly_jax.bench import results
+from fly_jax.bench.arrivals import RAMP_UP_STRATEGIES
+
+DESCRIPTION = (
+    "Sends requests to an OpenAI-compatible server on a schedule and prints how long they took: the time to the first "
+    "token (TTFT), the time for each further token (TPOT), gaps between tokens (ITL), the whole request (E2EL). "
+    "Metrics, options and result keys are those of 'vllm bench serve'. Try: python -m fly_jax.bench serve "
+    "--self-hosted checkpoints/demo/model --num-prompts 50 --request-rate 5"
+)
+BACKENDS = ("openai", "vllm", "openai-chat")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.set_defaults(command=_run)
+    add_load_arguments(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fly_jax.bench import serve
+
+    return serve.run(options)
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that puts load on a server takes."""
+    _add_server(parser.add_argument_group("server"))
+    _add_workload(parser.add_argument_group("what is sent"))
+    _add_schedule(parser.add_argument_group("when it is sent"))
+    group = parser.add_argument_group("results")
+    _add_results(group)
+    results.add_arguments(group)
+
+
+def _add_server(group: argparse._ArgumentGroup) -> None:
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--base-url", default="http://127.0.0.1:8000", help="a running server, without a path (default: %(default)s)"
+    )
+    where.add_argument(
+        "--self-hosted", type=Path, metavar="MODEL_DIR", help="start 'fly-jax serve MODEL_DIR' for the run instead"
+    )
+    group.add_argument(
+        "--server-args",
+        default="",
+        metavar="ARGS",
+        help="its further arguments, as one: --server-args='--devices 4 --layout 2+2'",
+    )
+    group.add_argument("--model", help="name in the requests (default: the first that the server lists)")
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="openai", help="openai-chat sends chats (default: %(default)s)"
+    )
+    group.add_argument("--endpoint", help="path (default: /v1/completions, or /v1/chat/completions for openai-chat)")
+    group.add_argument("--api-key", help="key that the server asks for (default: $FLY_JAX_API_KEY)")
+
+
+def _add_workload(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset-name", help="random, or the name of a dataset that --dataset-path is of (default: random)"
+    )
+    group.add_argument("--dataset-path", type=Path, help="file of the dataset")
+    group.add_argument("--workload", metavar="NAME_OR_PATH", help="a workload file, which has its own times")
+    group.add_argument(
+        "--num-prompts", type=int, help="requests (default: 1000; of a workload or a dataset: all it has)"
+    )
+    group.add_argument(
+        "--random-input-len", type=int, help="prompt tokens (default: 1024, or fewer if the model holds fewer)"
+    )
+    group.add_argument(
+        "--random-output-len", type=int, help="output tokens (default: 128, or fewer if the model holds fewer)"
+    )
+    group.add_argument(
+        "--random-range-ratio",
+        type=float,
+        default=0.0,
+        help="lengths are uniform within (1 - ratio) to (1 + ratio) times these (default: %(default)s)",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        help="random token ids are below it (default: from the folder of --self-hosted, else 1000)",
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="generate the whole output length, past end tokens too"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of prompts, lengths and times (default: %(default)s)")
+
+
+def _add_schedule(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--request-rate", type=float, help="requests a second; inf: all at once (default: inf, or the workload's times)"
+    )
+    group.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        help="shape of the gamma distribution of gaps: 1 is a Poisson process, less is burstier (default: %(default)s)",
+    )
+    group.add_argument("--max-concurrency", type=int, help="requests in flight at most (default: no bound)")
+    group.add_argument(
+        "--ramp-up-strategy", choices=RAMP_UP_STRATEGIES, help="let the rate go from one to another over the run"
+    )
+    group.add_argument("--ramp-up-start-rps", type=float, help="requests a second at the first request")
+    group.add_argument("--ramp-up-end-rps", type=float, help="requests a second at the last request")
+
+
+def _add_results(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count requests a second that keep all limits, such as ttft:200 tpot:50 (also e2el)",
+    )
+    group.add_argument(
+        "--percentile-metrics",
+        default="ttft,tpot,itl",
+        help="latencies in the table, of ttft,tpot,itl,e2el; the file has all (default: %(default)s)",
+    )
+    group.add_argument("--metric-percentiles", default="99", help="such as 50,99.9 (default: %(default)s)")
+    group.add_argument("--save-detailed", action="store_true", help="write the generated texts as well")
+    group.add_argument("--result-filename", help="(default: from the backend, the rate, the model and the time)")
+    group.add_argument("--disable-tqdm", action="store_true", help="no progress")

@@ -1,0 +1,116 @@
+"""The result of a load run as one JSON object, with the keys of ``vllm bench serve`` and some of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fly_jax.bench import metrics
+from fly_jax.bench.load import LoadResult
+from fly_jax.bench.requests import RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a result says of its run besides what was measured.
+
+    Attributes:
+        backend: kind of API, with vLLM's names: ``openai`` or ``openai-chat``.
+        request_rate: requests a second asked for; infinite: all at once.
+        workload: name of what was sent.
+        goodput: limits in milliseconds by latency.
+        percentiles: to compute besides those that every result has.
+    """
+
+    backend: str
+    model_id: str
+    workload: str
+    seed: int
+    request_rate: float = math.inf
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    goodput: Mapping[str, float] = field(default_factory=dict)
+    percentiles: tuple[float, ...] = ()
+
+
+def build_result(load: LoadResult, facts: RunFacts, *, detailed: bool = False) -> dict[str, Any]:
+    """All figures of a run; times of single requests are in seconds, figures named ``_ms`` in milliseconds.
+
+    Args:
+        detailed: with the generated texts.
+    """
+    records = load.sent.records
+    percentiles = sorted({*metrics.PERCENTILES, *facts.percentiles})
+    counted = metrics.throughput(records, load.duration, facts.goodput)
+    result: dict[str, Any] = {
+        "backend": facts.backend,
+        "model_id": facts.model_id,
+        "tokenizer_id": facts.model_id,
+        "num_prompts": len(records),
+        "request_rate": facts.request_rate if math.isfinite(facts.request_rate) else "inf",
+        "burstiness": facts.burstiness,
+        "max_concurrency": facts.max_concurrency,
+        "workload": facts.workload,
+        "seed": facts.seed,
+        "interrupted": load.sent.interrupted,
+        "duration": load.duration,
+        **dataclasses.asdict(counted),
+        **dataclasses.asdict(metrics.peaks(records)),
+        **metrics.latency_figures(records, percentiles),
+        **_of_layouts(load),
+        **_of_client(load, counted.total_output_tokens),
+        "by_tag": _by_tag(records, percentiles),
+        **_by_request(records),
+    }
+    if detailed:
+        result["generated_texts"] = [record.text for record in records]
+    return result
+
+
+def _of_layouts(load: LoadResult) -> dict[str, Any]:
+    timeline = load.timeline
+    return {
+        "layout_timeline": [dataclasses.asdict(change) for change in timeline.changes],
+        "layout_switches": timeline.switches,
+        "switch_stall_ms": [1e3 * stall for stall in timeline.switch_stalls],
+    }
+
+
+def _of_client(load: LoadResult, output_tokens: int) -> dict[str, Any]:
+    lags = np.asarray(load.sent.lags or (0.0,)) * 1e3
+    return {
+        "schedule_lag_ms": {
+            "p50": float(np.percentile(lags, 50)),
+            "p99": float(np.percentile(lags, 99)),
+            "max": float(lags.max()),
+        },
+        "client_cpu_us_per_token": 1e6 * load.cpu_seconds / output_tokens if output_tokens else 0.0,
+    }
+
+
+def _by_tag(records: Sequence[RequestRecord], percentiles: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Nothing for a workload of one part."""
+    tags = dict.fromkeys(record.planned.tag for record in records)
+    return {
+        tag: metrics.latency_figures([record for record in records if record.planned.tag == tag], percentiles)
+        for tag in tags
+        if tag
+    }
+
+
+def _by_request(records: Sequence[RequestRecord]) -> dict[str, list[Any]]:
+    """Lists with an entry for each request, in the order in which they were sent."""
+    return {
+        "input_lens": [record.prompt_tokens for record in records],
+        "output_lens": [0 if record.error else record.output_tokens for record in records],
+        "start_times": [record.sent_at for record in records],
+        "ttfts": [metrics.time_to_first_token(record) for record in records],
+        "itls": [metrics.gaps(record) for record in records],
+        "tags": [record.planned.tag for record in records],
+        "errors": [record.error for record in records],
+    }

@@ -1,0 +1,65 @@
+"""An OpenAI-compatible server that answers at once, for measuring what a client costs.
+
+``python -m tests.fly_jax.bench.null_server`` prints the port that it listens on and serves until it is stopped. Every
+request gets eight pieces of one token each, the usage and the end in a single write, so that what a run shows beyond
+that is the client's own: how late its requests leave and how much CPU time a token takes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+TOKENS = 8
+
+
+def answer() -> bytes:
+    """One whole response, head included."""
+    pieces = [{"choices": [{"index": 0, "text": "x", "finish_reason": None}]} for _ in range(TOKENS - 1)]
+    last = {"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": TOKENS, "total_tokens": 4 + TOKENS}}
+    events = [b"data: " + json.dumps(each).encode() + b"\n\n" for each in (*pieces, last, usage)]
+    body = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in (*events, b"data: [DONE]\n\n")) + b"0\r\n\r\n"
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + body
+
+
+def models() -> bytes:
+    body = json.dumps({"object": "list", "data": [{"id": "null", "max_model_len": 1 << 20}]}).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+ANSWERS = {b"/v1/completions": answer(), b"/v1/models": models()}
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+
+
+class NullProtocol(asyncio.Protocol):
+    """Just as much of HTTP/1.1 as a well-behaved client needs."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, found, body = self._received.partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = 0
+        for line in head.split(b"\r\n")[1:]:
+            name, _, value = line.partition(b":")
+            if name.lower() == b"content-length":
+                length = int(value)
+        if len(body) >= length:
+            self._received = body[length:]
+            self._transport.write(ANSWERS.get(head.split(b" ", 2)[1], NOT_FOUND))
+
+
+async def serve() -> None:
+    server = await asyncio.get_running_loop().create_server(NullProtocol, "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())
