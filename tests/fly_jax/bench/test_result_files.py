@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 
 from fly_jax.bench.result_files import (
-    Kind, LayoutChange, ResultFile, kind_of, number, plain, provenance_line, read, runs_of, short_layout,
-)  # fmt: skip
+    Kind,
+    LayoutChange,
+    ResultFile,
+    kind_of,
+    number,
+    plain,
+    provenance_line,
+    read,
+    runs_of,
+    short_layout,
+)
 from fly_jax.errors import ConfigError
 from tests.fly_jax.bench.sample_results import PROVENANCE, serve_result, sweep_result, switching_run
 
