@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from fly_jax.bench import results
+from fly_jax.bench.output_paths import check_file
 from fly_jax.config import ATTENTION_BACKENDS, DTYPES, MIN_PROMPT_TOKENS, EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.layout import Layout
@@ -95,8 +96,8 @@ def check(options: argparse.Namespace, at_least_one: Sequence[str], at_least_zer
     if len(set(layouts)) < len(layouts):
         raise ConfigError(f"--layout {' '.join(layouts)} names a layout twice: name each once")
     options.layout = layouts
-    if options.output_json is not None and options.output_json.is_dir():
-        raise ConfigError(f"--output-json {options.output_json} is a folder: name a file in it")
+    if options.output_json is not None:
+        check_file("--output-json", options.output_json)
 
 
 def _require(options: argparse.Namespace, name: str, least: int) -> None:

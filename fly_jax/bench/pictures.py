@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fly_jax.bench.result_files import Run, plain, provenance_line, runs_of, short_layout
+from fly_jax.bench.result_files import Run, number, plain, provenance_line, runs_of, short_layout
 from fly_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ STYLE: Any = {
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "legend.handlelength": 3.2,  # long enough to tell line styles apart
     "figure.constrained_layout.use": True,
     "figure.facecolor": "white",
     "savefig.dpi": 160,
@@ -243,7 +244,7 @@ def _draw_load(axes: Axes, run: Run, end: float) -> None:
 
 def _worst_stall(run: Run) -> str:
     stalls = run.values.get("switch_stall_ms")
-    found = [_finite(each) for each in stalls if isinstance(each, (int, float))] if isinstance(stalls, list) else []
+    found = [_finite(number(each)) for each in stalls] if isinstance(stalls, list) else []
     return f", the longest gap of a stream at one: {max(found):,.0f} ms" if found else ""
 
 
@@ -322,11 +323,7 @@ def _slug(text: str) -> str:
 
 
 def _unused(name: str, taken: Mapping[str, object]) -> str:
-    number = 2
-    candidate = name
-    while candidate in taken:
-        candidate, number = f"{name}-{number}", number + 1
-    return candidate
+    return next(each for each in (name, *(f"{name}-{n}" for n in range(2, len(taken) + 3))) if each not in taken)
 
 
 def svg(figure: Figure) -> bytes:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fly_jax.bench import pictures
+from fly_jax.bench.output_paths import check_file, check_folder
 from fly_jax.bench.report_page import Picture, Section, page
 from fly_jax.bench.report_tables import tables_of
-from fly_jax.bench.result_files import Kind, ResultFile, provenance_line, provenance_of, read
+from fly_jax.bench.result_files import Kind, ResultFile, plain, provenance_line, provenance_of, read
 from fly_jax.errors import ConfigError
 
 # What a reader is told of each picture.
@@ -41,10 +42,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: a file is no result, or the page cannot be written there; one line that says what to do.
     """
-    if options.output.is_dir():
-        raise ConfigError(f"--output {options.output} is a folder: name a file in it")
-    if options.pictures_dir is not None and options.pictures_dir.exists() and not options.pictures_dir.is_dir():
-        raise ConfigError(f"--pictures-dir {options.pictures_dir} is a file: name a folder")
+    check_file("--output", options.output)
+    if options.pictures_dir is not None:
+        check_folder("--pictures-dir", options.pictures_dir)
     if options.output.resolve() in [path.resolve() for path in options.results]:
         raise ConfigError(f"--output {options.output} is one of the result files: name another file")
     pictures.require_matplotlib()
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     names = _names(options.results)
     sections = [section(file, name, options.pictures_dir) for file, name in zip(files, names, strict=True)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page(options.title, sections), encoding="utf-8")
+    options.output.write_text(page(plain(options.title), sections), encoding="utf-8")
     print(f"written to {options.output}")
     return 0
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 def _names(paths: Sequence[Path]) -> list[str]:
     """The files' own names, since folders are a machine's business; with their folders where names are the same."""
     own = [path.name for path in paths]
-    return [name if own.count(name) == 1 else str(path) for path, name in zip(paths, own, strict=True)]
+    return [plain(name if own.count(name) == 1 else path) for path, name in zip(paths, own, strict=True)]
 
 
 def section(file: ResultFile, name: str, pictures_dir: Path | None = None) -> Section:
@@ -69,7 +69,7 @@ def section(file: ResultFile, name: str, pictures_dir: Path | None = None) -> Se
     if file.kind is Kind.SERVE:
         figures = pictures.of_run(file.runs[0])
     if pictures_dir is not None:
-        pictures.write(figures, pictures_dir, Path(file.name).stem)
+        pictures.write(figures, pictures_dir, name.removesuffix(".json").strip("./").replace("/", "-"))
     source = provenance_line(file.values)
     drawn = [Picture(pictures.svg(each), _caption(key), source) for key, each in figures.items()]
     return Section(name, file.kind, provenance_of(file.values), drawn, tables_of(file))

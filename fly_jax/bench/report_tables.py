@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def switches(values: Mapping[str, Any]) -> Table:
     rows = []
     for case in records(values.get("switches")):
         runs = records(case.get("runs"))
-        known = {key: [each[key] for each in runs if _is_number(each.get(key))] for key in (runs[0] if runs else {})}
-        medians = {key: statistics.median(found) for key, found in known.items() if found}
+        known = {key: [number(each[key]) for each in runs if key in each] for key in (runs[0] if runs else {})}
+        medians = {key: statistics.median(found) for key, found in known.items() if not any(map(math.isnan, found))}
         rows.append({**{key: each for key, each in case.items() if key != "runs"}, "times": len(runs), **medians})
     return of_records("Switches: the median of each", rows)
 
@@ -140,4 +141,4 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, float) and not value.is_integer():
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,.0f}" if _is_number(value) and value != float("inf") else plain(value)
+    return f"{number(value):,.0f}" if _is_number(value) else plain(value)

@@ -17,7 +17,7 @@ from fly_jax.errors import ConfigError
 PROVENANCE_KEYS = (
     "date", "fly_jax", "versions", "jax", "jaxlib", "python", "device_kind", "num_devices", "machine", "host",
 )  # fmt: skip
-SHOWN_CHARACTERS = 80
+SHOWN_CHARACTERS = 400
 # Longer layout texts are shown in short.
 LONGEST_LAYOUT = 9
 
@@ -137,7 +137,8 @@ def _run(values: Mapping[str, Any]) -> Run:
         if math.isfinite(number(each.get("at")))
     )
     name, rate = _run_name(values, timeline), number(values.get("request_rate"))
-    return Run(name, rate, _numbers(values, "start_times"), timeline, values)
+    starts = tuple(sorted(_numbers(values, "start_times")))
+    return Run(name, rate, starts, tuple(sorted(timeline, key=lambda each: each.at)), values)
 
 
 def _run_name(values: Mapping[str, Any], timeline: Sequence[LayoutChange]) -> str:
@@ -176,9 +177,9 @@ def plain(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
-def short_layout(layout: str) -> str:
-    """Canonical text, or where that is long with runs of equal groups counted: ``8x1``, ``4+4x1``."""
-    if len(layout) <= LONGEST_LAYOUT:
+def short_layout(layout: str, longest: int = LONGEST_LAYOUT) -> str:
+    """Canonical text, or where that is longer with runs of equal groups counted: ``8x1``, ``4+4x1``."""
+    if len(layout) <= longest:
         return layout
     groups = [(degree, len(list(group))) for degree, group in itertools.groupby(layout.split("+"))]
     return "+".join(degree if count == 1 else f"{count}x{degree}" for degree, count in groups)

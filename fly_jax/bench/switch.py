@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
+from fly_jax.bench.result_files import short_layout
 from fly_jax.cli import STRATEGIES
 from fly_jax.config import EngineConfig
 from fly_jax.errors import ConfigError, EngineDeadError, LayoutError
@@ -333,7 +334,7 @@ def _print(
     for case, outcomes in measured.items():
         each, pair = _median(outcomes), (case.source, case.target)
         table.add_row(
-            f"{_short(case.source)} -> {_short(case.target)}" if pair != last else "",
+            f"{short_layout(case.source, 0)} -> {short_layout(case.target, 0)}" if pair != last else "",
             str(case.strategy),
             *(f"{value:.1f}" for value in (each.drain_ms, each.precopy_ms, each.cutover_ms, each.worst_gap_ms)),
             *(f"{value:.1f}" for value in (each.gap_limit_ms, each.newcomer_ttft_ms, each.total_ms)),
@@ -363,9 +364,3 @@ def _print_summary(console: Console, measured: dict[Case, list[Outcome]], relayo
             )
     launches = ", ".join(f"{each:.2f} ms on {degree} devices" for degree, each in relayout_ms.items())
     console.print(f"one relayout launch: {launches}")
-
-
-def _short(layout: str) -> str:
-    """``1+1+1+1+1+1+1+1`` as ``8x1``."""
-    runs = [(degree, len(list(group))) for degree, group in itertools.groupby(layout.split("+"))]
-    return "+".join(degree if count == 1 else f"{count}x{degree}" for degree, count in runs)

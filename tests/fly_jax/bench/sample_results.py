@@ -43,8 +43,9 @@ def latency_keys(metric: str, seconds: np.ndarray[Any, Any]) -> dict[str, float]
 def switching_run(**changed: Any) -> dict[str, Any]:
     """Wide, narrow in the burst, wide again."""
     timeline = [{"at": 0.0, "layout": "4"}, {"at": 21.0, "layout": "1+1+1+1"}, {"at": 36.5, "layout": "2+2"}]
-    found = {"layout_timeline": timeline, "layout_switches": 2, "switch_stall_ms": [48.0, 31.0]}
-    return serve_result(9, policy="auto", strategy="migrate", layout="4", **{**found, **changed})
+    run = {"policy": "auto", "strategy": "migrate", "layout": "4"}
+    found = {**run, "layout_timeline": timeline, "layout_switches": 2, "switch_stall_ms": [48.0, 31.0]}
+    return serve_result(9, **{**found, **changed})
 
 
 def sweep_result(rates: Sequence[float] = (4.0,)) -> dict[str, Any]:
