@@ -35,8 +35,10 @@ def _switch(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from fly_jax.bench import serve
-
+    try:
+        from fly_jax.bench import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: python -m pip install 'fly-jax[bench]'") from error
     return serve.run(options)
 
 

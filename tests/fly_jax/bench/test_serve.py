@@ -71,6 +71,7 @@ def test_a_run_in_which_nothing_is_answered_ends_with_1(url: str, capsys: pytest
     assert "3 requests failed: HTTP 404" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("python_s_sigint")
 def test_ctrl_c_prints_and_saves_what_has_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The third request presses it, which leaves when two have ended; the rest would take an hour."""
     requests: list[bytes] = []
@@ -80,20 +81,11 @@ def test_ctrl_c_prints_and_saves_what_has_come(tmp_path: Path, capsys: pytest.Ca
         if requests.count(b"/v1/completions") == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    given = [
-        "serve",
-        "--num-prompts",
-        "5000",
-        "--max-concurrency",
-        "1",
-        "--ramp-up-strategy",
-        "linear",
-        "--ramp-up-start-rps",
-        "1000",
-    ]
-    given += ["--ramp-up-end-rps", "0.001", "--random-input-len", "5", "--save-result", "--result-dir", str(tmp_path)]
+    given = ["serve", "--num-prompts", "5000", "--max-concurrency", "1", "--random-input-len", "5", "--save-result"]
+    given += ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1000", "--ramp-up-end-rps", "0.001"]
+    given += ["--result-dir", str(tmp_path), "--result-filename", "part"]
     with null_server(on_request) as url:
-        assert main([*given, "--base-url", url, "--result-filename", "part"]) == 130
+        assert main([*given, "--base-url", url]) == 130
     printed = capsys.readouterr()
     assert "Serving Benchmark Result" in printed.out
     assert "of 5000 requests had been sent" in printed.err
