@@ -48,18 +48,32 @@ class RandomLengths:
     @property
     def longest(self) -> int:
         """Most tokens of a request, prompt and output."""
-        return self._range(self.input_len)[1] + self._range(self.output_len)[1]
+        return sum(_range(middle, self.range_ratio)[1] for middle in (self.input_len, self.output_len))
+
+    @classmethod
+    def fitting(cls, limit: int, input_len: int, output_len: int, range_ratio: float) -> RandomLengths:
+        """With as many prompt tokens, ``input_len`` or fewer, as leave the longest request within the limit.
+
+        Where not even one does, there is one.
+        """
+        rest = limit - _range(output_len, range_ratio)[1]
+        inputs = max(1, min(input_len, math.floor(rest / (1 + range_ratio))))
+        # Rounding of the product may have lengthened the range by one.
+        while inputs > 1 and _range(inputs, range_ratio)[1] > rest:
+            inputs -= 1
+        return cls(inputs, output_len, range_ratio)
 
     def draw(self, generator: np.random.Generator, count: int) -> tuple[list[int], list[int]]:
         """Lengths of ``count`` prompts and outputs."""
         inputs, outputs = (
-            generator.integers(*self._range(middle), size=count, endpoint=True).tolist()
+            generator.integers(*_range(middle, self.range_ratio), size=count, endpoint=True).tolist()
             for middle in (self.input_len, self.output_len)
         )
         return inputs, outputs
 
-    def _range(self, middle: int) -> tuple[int, int]:
-        return max(1, math.floor(middle * (1 - self.range_ratio))), math.ceil(middle * (1 + self.range_ratio))
+
+def _range(middle: int, ratio: float) -> tuple[int, int]:
+    return max(1, math.floor(middle * (1 - ratio))), math.ceil(middle * (1 + ratio))
 
 
 def random_requests(

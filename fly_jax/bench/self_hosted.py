@@ -22,6 +22,7 @@ from fly_jax.errors import ConfigError
 
 START_TIMEOUT_SECONDS = 1800
 STOP_TIMEOUT_SECONDS = 60
+POLL_SECONDS = 0.2
 # Given by us; a second value would go before ours and the server would not be found.
 OWN_ARGUMENTS = ("--host", "--port", "--api-key")
 
@@ -80,16 +81,17 @@ def self_hosted(model: Path, arguments: list[str]) -> Iterator[str]:
 
 def _wait_until_ready(process: subprocess.Popen[Any], url: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ConfigError(
-                f"the server ended with code {process.returncode} before it was ready: see its message above, and "
-                "check --self-hosted and --server-args"
-            )
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", trust_env=False).is_success:
-                return
-        time.sleep(0.2)
+    with httpx.Client(trust_env=False) as http:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ConfigError(
+                    f"the server ended with code {process.returncode} before it was ready: see its message above, and "
+                    "check --self-hosted and --server-args"
+                )
+            with contextlib.suppress(httpx.TransportError):
+                if http.get(f"{url}/health").is_success:
+                    return
+            time.sleep(POLL_SECONDS)
     raise ConfigError(f"the server was not ready after {START_TIMEOUT_SECONDS} s")
 
 

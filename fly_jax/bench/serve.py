@@ -159,9 +159,10 @@ def _random_lengths(options: argparse.Namespace, max_model_len: int | None) -> R
     ratio = options.random_range_ratio
     limit = _or(max_model_len, sys.maxsize)
     outputs = _or(options.random_output_len, max(1, min(DEFAULT_OUTPUT_LEN, limit // 8)))
-    rest = math.floor((limit - RandomLengths(1, outputs, ratio).longest) / (1 + ratio))
-    inputs = _or(options.random_input_len, max(1, min(DEFAULT_INPUT_LEN, rest)))
-    lengths = RandomLengths(inputs, outputs, ratio)
+    if options.random_input_len is None:
+        lengths = RandomLengths.fitting(limit, DEFAULT_INPUT_LEN, outputs, ratio)
+    else:
+        lengths = RandomLengths(options.random_input_len, outputs, ratio)
     if lengths.longest > limit:
         raise ConfigError(
             f"random requests would have up to {lengths.longest} tokens and the model holds {limit}: lower "
@@ -269,6 +270,9 @@ def _save(options: argparse.Namespace, result: dict[str, Any]) -> str:
         name = f"{result['backend']}-{shown}qps{bound}-{model}-{now}"
     # The devices of this machine are the server's only if we started it.
     of_devices = options.self_hosted is not None
+    if of_devices and result["layout_timeline"]:
+        # It may use fewer than there are, or more virtual ones than this process has.
+        result = {**result, "num_devices": sum(map(int, result["layout_timeline"][0]["layout"].split("+")))}
     return str(results.save(options.result_dir, name.removesuffix(".json"), result, of_devices=of_devices))
 
 

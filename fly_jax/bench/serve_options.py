@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 from fly_jax.bench import results
 from fly_jax.bench.arrivals import RAMP_UP_STRATEGIES
+from fly_jax.errors import ConfigError
 
 DESCRIPTION = (
     "Sends requests to an OpenAI-compatible server on a schedule and prints how long they took: the time to the first "
@@ -24,9 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fly_jax.bench import serve
+    return int(command_module("serve").run(options))
 
-    return serve.run(options)
+
+def command_module(name: str) -> ModuleType:
+    """A command that needs the extra ``bench``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"fly_jax.bench.{name}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: python -m pip install 'fly-jax[bench]'") from error
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:

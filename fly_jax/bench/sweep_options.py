@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fly_jax.bench.serve_options import add_load_arguments
+from fly_jax.bench.serve_options import add_load_arguments, command_module
 from fly_jax.cli import STRATEGIES
 
 DESCRIPTION = (
@@ -43,6 +43,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fly_jax.bench import sweep
-
-    return sweep.run(options)
+    return int(command_module("sweep").run(options))

@@ -8,7 +8,10 @@ that is the client's own: how late its requests leave and how much CPU time a to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
+from collections.abc import Callable, Iterator
 
 TOKENS = 8
 
@@ -33,7 +36,10 @@ NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 
 
 class NullProtocol(asyncio.Protocol):
-    """Just as much of HTTP/1.1 as a well-behaved client needs."""
+    """Just as much of HTTP/1.1 as a well-behaved client needs; ``on_request`` hears of each path."""
+
+    def __init__(self, on_request: Callable[[bytes], None] = lambda _: None) -> None:
+        self._on_request = on_request
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -52,14 +58,47 @@ class NullProtocol(asyncio.Protocol):
                 length = int(value)
         if len(body) >= length:
             self._received = body[length:]
-            self._transport.write(ANSWERS.get(head.split(b" ", 2)[1], NOT_FOUND))
+            path = head.split(b" ", 2)[1]
+            self._on_request(path)
+            self._transport.write(ANSWERS.get(path, NOT_FOUND))
 
 
-async def serve() -> None:
-    server = await asyncio.get_running_loop().create_server(NullProtocol, "127.0.0.1", 0, backlog=4096)
-    print(server.sockets[0].getsockname()[1], flush=True)
+async def serve(on_listening: Callable[[int], None], on_request: Callable[[bytes], None] = lambda _: None) -> None:
+    """Serves on a free port, which it tells, until it is cancelled."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: NullProtocol(on_request), "127.0.0.1", 0, backlog=4096)
+    on_listening(server.sockets[0].getsockname()[1])
     await server.serve_forever()
 
 
+@contextlib.contextmanager
+def null_server(on_request: Callable[[bytes], None] = lambda _: None) -> Iterator[str]:
+    """One in a thread; yields its URL."""
+    ports: list[int] = []
+    is_up = threading.Event()
+    loop = asyncio.new_event_loop()
+
+    def on_listening(port: int) -> None:
+        ports.append(port)
+        is_up.set()
+
+    task = loop.create_task(serve(on_listening, on_request))
+
+    def main() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
+    thread = threading.Thread(target=main, name="null-server", daemon=True)
+    thread.start()
+    assert is_up.wait(30)
+    try:
+        yield f"http://127.0.0.1:{ports[0]}"
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(30)
+        assert not thread.is_alive()
+        loop.close()
+
+
 if __name__ == "__main__":
-    asyncio.run(serve())
+    asyncio.run(serve(lambda port: print(port, flush=True)))

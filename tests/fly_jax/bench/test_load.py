@@ -165,6 +165,7 @@ def test_a_run_against_a_server_agrees_with_its_usage() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("python_s_sigint")
 def test_ctrl_c_keeps_the_partial_result() -> None:
     """A real SIGINT: one request has its answer, one stalls in the middle of it, one is not due for an hour."""
     ready: list[str] = []

@@ -1,0 +1,192 @@
+"""The command: options, a server that answers at once, and one of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.demo import MODEL
+from fly_jax.bench import serve
+from fly_jax.bench.__main__ import main
+from fly_jax.bench.requests import PlannedRequest
+from fly_jax.bench.served_model import ServedModel
+from fly_jax.errors import ConfigError
+from tests.fly_jax.bench.null_server import TOKENS, null_server
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with null_server() as url:
+        yield url
+
+
+def planned(given: list[str], max_model_len: int | None) -> list[PlannedRequest]:
+    """What these options plan for a model of that length."""
+    from fly_jax.bench.__main__ import _parser
+
+    options = _parser().parse_args(["serve", *given])
+    return serve.plan(options, serve.check(options), ServedModel("m", max_model_len))
+
+
+def test_a_run_prints_its_table_and_saves_its_figures(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["serve", "--base-url", url, "--num-prompts", "12", "--request-rate", "500", "--random-input-len", "5"]
+    given += ["--random-output-len", "8", "--seed", "4", "--goodput", "ttft:60000", "--metric-percentiles", "50,99.5"]
+    given += ["--save-result", "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "run.json"]
+    assert main(given) == 0
+    printed = capsys.readouterr()
+    assert "Serving Benchmark Result" in printed.out
+    assert "P99.5 TTFT (ms):" in printed.out
+    assert "the server has no GET /layout" in printed.err
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert (found["completed"], found["failed"], found["num_prompts"]) == (12, 0, 12)
+    assert (found["model_id"], found["backend"], found["workload"], found["seed"]) == ("null", "openai", "random", 4)
+    assert (found["total_output_tokens"], found["output_lens"]) == (12 * TOKENS, [TOKENS] * 12)
+    assert found["input_lens"] == [4] * 12  # from the server's usage
+    assert found["request_goodput"] == found["request_throughput"]
+    assert found["request_rate"] == 500.0
+    assert found["generated_texts"] == ["x" * TOKENS] * 12
+    assert (found["layout_timeline"], found["layout_switches"], found["switch_stall_ms"]) == ([], 0, [])
+    assert found.keys() >= {"date", "fly_jax", "jax", "python", "host", "p99.5_itl_ms"}
+    assert "device_kind" not in found  # this machine's need not be the server's
+
+
+def test_the_default_file_name_is_like_vllm_s(url: str, tmp_path: Path) -> None:
+    given = ["serve", "--base-url", url, "--num-prompts", "2", "--random-input-len", "5", "--max-concurrency", "1"]
+    assert main([*given, "--save-result", "--result-dir", str(tmp_path)]) == 0
+    [path] = tmp_path.iterdir()
+    assert path.name.startswith("openai-infqps-concurrency1-null-20")
+
+
+def test_a_run_in_which_nothing_is_answered_ends_with_1(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["serve", "--base-url", url, "--endpoint", "/other/completions", "--num-prompts", "3"]
+    assert main([*given, "--random-input-len", "5"]) == 1
+    assert "3 requests failed: HTTP 404" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("python_s_sigint")
+def test_ctrl_c_prints_and_saves_what_has_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The third request presses it, which leaves when two have ended; the rest would take an hour."""
+    requests: list[bytes] = []
+
+    def on_request(path: bytes) -> None:
+        requests.append(path)
+        if requests.count(b"/v1/completions") == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    given = ["serve", "--num-prompts", "5000", "--max-concurrency", "1", "--random-input-len", "5", "--save-result"]
+    given += ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1000", "--ramp-up-end-rps", "0.001"]
+    given += ["--result-dir", str(tmp_path), "--result-filename", "part"]
+    with null_server(on_request) as url:
+        assert main([*given, "--base-url", url]) == 130
+    printed = capsys.readouterr()
+    assert "Serving Benchmark Result" in printed.out
+    assert "of 5000 requests had been sent" in printed.err
+    found = json.loads((tmp_path / "part.json").read_text())
+    assert found["interrupted"]
+    assert 2 <= found["completed"] <= found["num_prompts"] < 5000
+
+
+def test_what_is_left_out_is_made_to_fit_the_model() -> None:
+    for max_model_len, inputs, outputs in ((None, 1024, 128), (1024, 896, 128), (64, 56, 8), (2, 1, 1)):
+        [request] = planned(["--num-prompts", "1"], max_model_len)
+        assert (request.prompt_tokens, request.max_tokens) == (inputs, outputs)
+    [request] = planned(["--num-prompts", "1", "--random-output-len", "500"], 1024)
+    assert (request.prompt_tokens, request.max_tokens) == (524, 500)
+
+
+def test_with_a_range_even_the_longest_fits() -> None:
+    for ratio in ("0.1", "0.3", "0.5", "0.9"):
+        requests = planned(["--num-prompts", "500", "--random-range-ratio", ratio], 1024)
+        assert 900 < max(request.prompt_tokens + request.max_tokens for request in requests) <= 1024
+        assert len({request.prompt_tokens for request in requests}) > 50
+
+
+def test_what_is_given_and_does_not_fit_is_refused_with_both_values() -> None:
+    with pytest.raises(ConfigError, match="up to 1128 tokens and the model holds 1024"):
+        planned(["--random-input-len", "1000", "--random-output-len", "128"], 1024)
+
+
+def test_a_seed_repeats_the_whole_plan() -> None:
+    given = ["--num-prompts", "20", "--request-rate", "5", "--random-range-ratio", "0.3", "--seed"]
+    assert planned([*given, "1"], 512) == planned([*given, "1"], 512) != planned([*given, "2"], 512)
+
+
+def test_the_vocabulary_is_that_of_the_folder_to_serve() -> None:
+    requests = planned(["--num-prompts", "50", "--self-hosted", str(MODEL)], 1024)
+    assert 1400 < max(token for request in requests for token in request.prompt if isinstance(token, int)) < 1472
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--num-prompts", "0"], "--num-prompts must be at least 1, got 0"),
+        (["--request-rate", "-1"], "--request-rate must be positive or inf, got -1"),
+        (["--request-rate", "nan"], "--request-rate must be positive"),
+        (["--burstiness", "0"], "--burstiness must be a positive number, got 0"),
+        (["--max-concurrency", "0"], "--max-concurrency must be at least 1, got 0"),
+        (["--ramp-up-strategy", "linear"], "a ramp needs all of"),
+        (["--ramp-up-start-rps", "1"], "a ramp needs all of"),
+        (["--goodput", "ttft=5"], "--goodput takes NAME:MILLISECONDS"),
+        (["--percentile-metrics", "ttft,foo"], "--percentile-metrics must be one of ttft, tpot, itl, e2el, got 'foo'"),
+        (["--metric-percentiles", "101"], "--metric-percentiles takes numbers from 0 to 100"),
+        (["--metric-percentiles", "p99"], "got 'p99'"),
+        (["--random-input-len", "0"], "--random-input-len must be at least 1, got 0"),
+        (["--random-range-ratio", "2"], "--random-range-ratio must be in [0, 1), got 2"),
+        (["--vocab-size", "0"], "--vocab-size must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--temperature", "nan"], "--temperature must be at least 0"),
+        (["--endpoint", "/v1/embeddings"], "--endpoint must be"),
+        (["--base-url", "localhost:8000"], "--base-url must start with http://"),
+        (["--server-args", "--devices 2"], "--server-args needs --self-hosted"),
+        (["--self-hosted", "/none", "--server-args=--port=1"], "--server-args must leave out --port=1"),
+        (["--self-hosted", "/none", "--server-args='"], "--server-args cannot be read: No closing quotation"),
+        (["--self-hosted", "/none"], "is /none a model folder?"),
+        (["--workload", "burst", "--dataset-name", "sharegpt"], "both say what is sent"),
+        (["--base-url", "http://127.0.0.1:9"], "does not list its models"),
+    ],
+)
+def test_nonsense_is_one_line(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert error.count("\n") == 1 or error.startswith("starting a server")
+
+
+@pytest.mark.parametrize("given", [["--request-rate", "fast"], ["--backend", "foo"], ["--base-url", "x", "--foo"]])
+def test_options_that_do_not_exist_are_one_line(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *given])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_that_is_not_served_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--base-url", url, "--model", "other"]) == 2
+    assert f"{url} does not serve 'other', only null" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--self-hosted", str(MODEL), "--server-args=--max-model-len 0"]) == 2
+    assert "the server ended with code 2 before it was ready" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_demo_model_serves_a_load_while_its_layout_is_watched(tmp_path: Path) -> None:
+    given = ["serve", "--self-hosted", str(MODEL), "--num-prompts", "6", "--random-input-len", "20", "--ignore-eos"]
+    given += ["--server-args=--devices 2 --layout 1+1 --layouts 1+1 --policy static -O 0 --served-model-name demo"]
+    given += ["--random-output-len", "10", "--save-result", "--result-dir", str(tmp_path), "--result-filename", "own"]
+    assert main(given) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "own.json").read_text())
+    assert (found["model_id"], found["completed"], found["failed"]) == ("demo", 6, 0)
+    assert found["input_lens"] == [20] * 6
+    assert found["output_lens"] == [10] * 6
+    assert found["layout_timeline"] == [{"at": 0.0, "layout": "1+1"}]
+    assert (found["layout_switches"], found["num_devices"], found["device_kind"]) == (0, 2, "cpu")
