@@ -11,7 +11,7 @@ NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve demo test stress lint format parity golden check-h200 check-gpu train-demo clean
+.PHONY: help serve demo test stress lint format notebooks parity golden check-h200 check-gpu train-demo clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -50,6 +50,10 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# make notebooks    runs the notebooks and keeps what they print and draw
+notebooks: $(VENV)/.dev
+	$(BIN)/python notebooks/execute.py
 
 # make parity    live comparison with transformers (installs torch)
 parity: $(VENV)/.dev

@@ -7,13 +7,14 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
-from fly_jax.choices import policy_named, strategy_named
+from fly_jax.choices import policy_given, policy_named, strategy_named
 from fly_jax.config import EngineConfig
 from fly_jax.engine import Engine
 from fly_jax.engine_thread import EngineThread
 from fly_jax.errors import EngineDeadError
 from fly_jax.loader import LoadedModel, Progress, load_model
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
+from fly_jax.policy import Policy
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.tokenizer import Tokenizer
 
@@ -119,16 +120,22 @@ class AsyncEngine:
         named = None if policy is None else policy_named(policy)
         return await asyncio.wrap_future(self._thread.switch(layout, strategy_named(strategy), named))
 
-    async def set_policy(self, policy: str) -> str:
-        """Hands the choice of the layout to the engine (``auto``), or pins the one in force (``static``).
+    async def set_policy(self, policy: str | Policy) -> str:
+        """Hands the choice of the layout to the engine (``auto``) or a function, or pins the one in force (``static``).
+
+        Args:
+            policy: a name, or a :data:`fly_jax.policy.Policy`: a function of a :class:`fly_jax.load.Load` and a
+                :class:`fly_jax.load.Machine` that returns a :class:`fly_jax.policy.Decision`. The engine's thread
+                calls it every few steps while there is work, so it should take well under a millisecond. One that
+                fails, or asks for a layout that cannot be switched to, gives way to ``load_adaptive``.
 
         Returns:
-            The policy now in force, ``load_adaptive`` or ``static``.
+            The policy now in force: ``load_adaptive``, ``static`` or the function's name.
 
         Raises:
-            ConfigError: there is no such policy, or the engine cannot follow it.
+            ConfigError: there is no such policy, the engine cannot follow it, or a function has a built-in's name.
         """
-        return await asyncio.wrap_future(self._thread.set_policy(policy_named(policy)))
+        return await asyncio.wrap_future(self._thread.set_policy(policy_given(policy)))
 
     async def stats(self) -> EngineStats:
         return await asyncio.wrap_future(self._thread.stats())

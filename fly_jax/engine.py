@@ -19,6 +19,7 @@ from fly_jax.load import Machine
 from fly_jax.loader import LoadedModel
 from fly_jax.output_processor import OutputProcessor
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
+from fly_jax.policy import Policy
 from fly_jax.request import Request, RequestState
 from fly_jax.runner import InFlightStep, RowResult
 from fly_jax.sampling_params import SamplingParams
@@ -295,14 +296,14 @@ class Engine:
         """
         return self.control.begin(text, strategy)
 
-    def set_policy(self, name: str) -> str:
-        """Hands the layout to a policy; returns its canonical name.
+    def set_policy(self, policy: str | Policy) -> str:
+        """Hands the layout to a policy, by name or a function of one's own; returns its canonical name.
 
         Raises:
-            ConfigError: there is no such policy.
+            ConfigError: there is no such policy, or a function has a built-in's name.
             LayoutError: the layout cannot be kept, because a request needs a wider one.
         """
-        return self.control.set_policy(name)
+        return self.control.set_policy(policy)
 
     # -- observation ------------------------------------------------------------------------------------------
 

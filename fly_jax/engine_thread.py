@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fly_jax.engine import Engine
 from fly_jax.errors import ConfigError, EngineDeadError, FlyJaxError, LayoutError
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
+from fly_jax.policy import Policy, name_of
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.switch_log import SwitchTicket
 
@@ -31,11 +32,11 @@ Sink = Callable[[RequestDelta | EngineDeadError], None]
 class _PendingPolicy:
     """A change of policy that waits for the switches asked for before it."""
 
-    policy: str
+    policy: str | Policy
     done: Future[str]
 
     def __str__(self) -> str:
-        return f"policy {self.policy}"
+        return f"policy {name_of(self.policy)}"
 
 
 @dataclass(eq=False, slots=True)
@@ -124,7 +125,7 @@ class EngineThread:
         self._post(begin, done)
         return done
 
-    def set_policy(self, policy: str) -> Future[str]:
+    def set_policy(self, policy: str | Policy) -> Future[str]:
         """Hands the layout to a policy once the switches asked for before are through; gives its canonical name."""
         done: Future[str] = Future()
 

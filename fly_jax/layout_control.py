@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from fly_jax.errors import ConfigError, LayoutError
 from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.layout_switch import LayoutSwitch
-from fly_jax.load import Machine
+from fly_jax.load import Load, Machine
 from fly_jax.load_estimator import LoadEstimator, load_of
 from fly_jax.outputs import SwitchReport, SwitchStrategy
-from fly_jax.policy import POLICIES, Decision, DecisionKind
+from fly_jax.policy import POLICIES, Decision, DecisionKind, Policy, name_of
 from fly_jax.request import Request
 from fly_jax.scheduler import Scheduler
 from fly_jax.switch_log import SwitchLog, SwitchTicket
@@ -24,6 +25,8 @@ PLAN_EVERY = 4
 # A switch that the scheduler refused is not tried again for so many seconds.
 RETRY_SECONDS = 1.0
 STATIC = "static"
+# What takes over from a policy that fails: it serves every request, whatever width it needs.
+FALLBACK = "load_adaptive"
 ASKED_FOR = "asked for"
 CANONICAL = {"auto": "load_adaptive"}
 
@@ -51,6 +54,7 @@ class LayoutControl:
     ) -> None:
         self.scheduler, self.machine, self.strategy = scheduler, machine, strategy
         self.policy = CANONICAL.get(policy, policy)
+        self._policies: dict[str, Policy] = dict(POLICIES)
         self.log = SwitchLog(clock)
         self.estimator = LoadEstimator()
         self.decisions: Counter[str] = Counter()
@@ -89,24 +93,28 @@ class LayoutControl:
         logger.info("switch %s -> %s (%s) asked for", ticket.source, ticket.target, strategy or self.strategy)
         return ticket
 
-    def set_policy(self, name: str) -> str:
-        """Hands the layout to a policy; returns its canonical name.
+    def set_policy(self, policy: str | Policy) -> str:
+        """Hands the layout to a policy, a built-in one by its name or a function; returns its canonical name.
 
         Raises:
-            ConfigError: there is no such policy.
+            ConfigError: there is no such policy, or a function has the name of a built-in one.
             LayoutError: the layout cannot be kept, because a request needs a wider one; or a switch is under way.
         """
-        if name not in POLICIES:
-            raise ConfigError(f"there is no policy {name!r}: choose one of {', '.join(POLICIES)}")
-        policy = CANONICAL.get(name, name)
+        given = name_of(policy)
+        name = CANONICAL.get(given, given)
+        function = POLICIES.get(name) if isinstance(policy, str) else policy
+        if function is None:
+            raise ConfigError(f"there is no policy {policy!r}: choose one of {', '.join(POLICIES)}")
+        if function is not POLICIES.get(name, function):
+            raise ConfigError(f"policy {given!r} is built in: give the function another name")
         if self.switching:
             raise LayoutError(f"a switch to {self.scheduler.target} is under way: ask again when it has ended")
-        if policy == STATIC and self.scheduler.elastic:
+        if name == STATIC and self.scheduler.elastic:
             self.scheduler.check_pinned()
-        self.scheduler.set_elastic(policy != STATIC)
-        self.policy = policy
-        logger.info("policy: %s asked for, at %s", policy, self.scheduler.layout)
-        return policy
+        self.scheduler.set_elastic(name != STATIC)
+        self.policy, self._policies[name] = name, function
+        logger.info("policy: %s asked for, at %s", name, self.scheduler.layout)
+        return name
 
     # -- the step loop ----------------------------------------------------------------------------------------
 
@@ -155,11 +163,26 @@ class LayoutControl:
             return
         now = self._clock()
         load = load_of(self.scheduler, self.estimator.rates(now), now, self.log.last_switch)
-        decision = POLICIES[self.policy](load, self.machine)
+        decision = self._ask(load)
         target = decision.target
         if target is None or target == self.scheduler.layout or now < self._retry_at.get(target, now):
             return
         self._decide(decision, target, now)
+
+    def _ask(self, load: Load) -> Decision:
+        """What the policy wants; one that fails gives way, since the requests of everybody else depend on this loop."""
+        try:
+            decision = self._policies[self.policy](load, self.machine)
+            if not isinstance(decision, Decision):
+                raise TypeError(f"a policy returns a Decision, got {decision!r}")
+            return decision if decision.target is None else replace(decision, target=self.parse(str(decision.target)))
+        except Exception as error:
+            if self.policy == FALLBACK:
+                raise
+            logger.exception("policy: %s failed, %s takes over", self.policy, FALLBACK)
+            self.last_decision = f"{self.policy} failed ({type(error).__name__}: {error}): {FALLBACK} takes over"
+            self.policy = FALLBACK
+            return Decision(None, DecisionKind.HOLD, self.last_decision)
 
     def _decide(self, decision: Decision, target: Layout, now: float) -> None:
         text = f"{self.scheduler.layout} -> {target}: {decision.kind}, {decision.reason}"

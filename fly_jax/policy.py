@@ -71,6 +71,11 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
 )
 
 
+def name_of(policy: str | Policy) -> str:
+    """What a policy is called in statistics and logs: a function by its own name, an object by its type's."""
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+
+
 def _hold(reason: str) -> Decision:
     return Decision(None, DecisionKind.HOLD, reason)
 

@@ -1,7 +1,8 @@
-"""Progress on the terminal or in a notebook; plain lines where output is not a screen."""
+"""Progress on the terminal or, where ipywidgets is installed, in a notebook; plain lines anywhere else."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console
@@ -13,6 +14,9 @@ _LINES_A_PHASE = 5
 class _Bar:
     def __init__(self, enabled: bool, *columns: ProgressColumn) -> None:
         self._console = Console(stderr=True)
+        if self._console.is_jupyter and find_spec("ipywidgets") is None:
+            # rich would draw nothing and warn about it each time, though a notebook's stderr claims to be a terminal.
+            self._console = Console(stderr=True, force_jupyter=False, force_terminal=False)
         self._enabled = enabled
         self._live = enabled and (self._console.is_terminal or self._console.is_jupyter)
         self._bar = Progress(*columns, console=self._console, disable=not self._live)

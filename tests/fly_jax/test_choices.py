@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from fly_jax.choices import policy_named, strategy_named
+from fly_jax.choices import policy_given, policy_named, strategy_named
 from fly_jax.errors import ConfigError
 from fly_jax.outputs import SwitchStrategy
+from fly_jax.policy import load_adaptive
 
 
 def test_every_strategy_has_its_name_and_none_is_the_engines_own() -> None:
@@ -34,3 +35,10 @@ def test_another_policy_is_refused_with_the_choices(name: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         policy_named(name)
     assert str(refused.value) == f"policy must be one of auto, load_adaptive, static, got {name!r}"
+
+
+def test_a_policy_may_be_given_as_a_function_and_names_are_checked_as_ever() -> None:
+    assert policy_given(load_adaptive) is load_adaptive
+    assert policy_given("auto") == "auto"
+    with pytest.raises(ConfigError, match=r"^policy must be one of auto, load_adaptive, static, got 'pinned'$"):
+        policy_given("pinned")

@@ -13,7 +13,9 @@ import pytest
 from fly_jax.async_engine import AsyncEngine
 from fly_jax.errors import ConfigError, LayoutError
 from fly_jax.llm import LLM
+from fly_jax.load import Load, Machine
 from fly_jax.outputs import SwitchReport, SwitchStrategy
+from fly_jax.policy import Decision, Policy, name_of, static
 
 
 class FakeThread:
@@ -31,9 +33,9 @@ class FakeThread:
             return failed(LayoutError("layout 3+1 does not fit"))
         return done(SwitchReport(1, self.layout, layout, strategy or SwitchStrategy.MIGRATE))
 
-    def set_policy(self, policy: str) -> Future[str]:
+    def set_policy(self, policy: str | Policy) -> Future[str]:
         self.calls.append((policy,))
-        return failed(ConfigError("one layout only")) if policy == "auto" else done(policy)
+        return failed(ConfigError("one layout only")) if policy == "auto" else done(name_of(policy))
 
     def stats(self) -> Future[Any]:
         return done(SimpleNamespace(layout=self.layout))
@@ -61,7 +63,7 @@ class Caller:
     def switch(self, *arguments: Any) -> SwitchReport:
         return self._call(self.front.switch, *arguments)
 
-    def set_policy(self, policy: str) -> str:
+    def set_policy(self, policy: str | Policy) -> str:
         return self._call(self.front.set_policy, policy)
 
     def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -103,6 +105,14 @@ def test_wrong_names_do_not_reach_the_engine(caller: Caller, thread: FakeThread)
     with pytest.raises(ConfigError, match=r"^policy must be one of auto, load_adaptive, static, got 'pin'$"):
         caller.switch("2+2", None, "pin")
     assert thread.calls == []
+
+
+def test_a_function_reaches_the_engine_as_it_is(caller: Caller, thread: FakeThread) -> None:
+    def of_my_own(load: Load, machine: Machine) -> Decision:
+        return static(load, machine)
+
+    assert caller.set_policy(of_my_own) == "of_my_own"
+    assert thread.calls == [(of_my_own,)]
 
 
 def test_what_the_engine_refuses_is_raised(caller: Caller) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
+from fly_jax.errors import ConfigError
 from fly_jax.group_scheduler import StepPlan
 from fly_jax.layout import Layout
+from fly_jax.load import Load, Machine
 from fly_jax.outputs import FinishReason, SwitchStrategy
+from fly_jax.policy import Decision, DecisionKind
 from fly_jax.runner import InFlightStep
 from tests.fly_jax.virtual_time import Arrival, Simulation
 
@@ -189,3 +193,68 @@ def test_an_urgent_request_in_a_saturated_engine_takes_as_few_steps_as_alone_on_
     at_arrival = [each for each in busy.samples if 2.5 < each.time < 3.0]
     assert min(each.waiting for each in at_arrival) > 100, "the engine was not saturated"
     assert {each.layout for each in busy.samples if 3.1 < each.time < 3.3} & {"2+1+1", "1+1+2"}
+
+
+def by_number_of_requests(load: Load, machine: Machine) -> Decision:
+    """A policy of one's own: pairs of devices beside a queue or eight requests, else all as one."""
+    count = sum(1 for _ in load.requests())
+    layout = Layout.parse("2+2" if count >= 8 else "4", machine.num_devices, machine.base_tp)
+    return Decision(layout, DecisionKind.NARROW if count >= 8 else DecisionKind.WIDEN, f"{count} requests")
+
+
+def test_a_policy_of_ones_own_chooses_the_layout() -> None:
+    load = [*QUIET, *(Arrival(6.5, 400, 64) for _ in range(40))]
+    simulation = Simulation(load, policy="static")
+    assert simulation.engine.set_policy(by_number_of_requests) == "by_number_of_requests"
+    simulation.run(until=6.49)
+    assert simulation.engine_layout == "4"
+    simulation.run()
+    assert {each.layout for each in simulation.samples} == {"1+1+1+1", "2+2", "4"}
+    control = simulation.engine.control
+    assert control.policy == "by_number_of_requests"
+    assert control.log.history[1].reason in [f"{count} requests" for count in range(8, 41)]
+    assert finished(simulation) == len(load)
+
+
+def raising(load: Load, machine: Machine) -> Decision:
+    raise ZeroDivisionError(f"{load.layout} of {machine.num_devices}")
+
+
+def returning_text(load: Load, machine: Machine) -> Decision:  # noqa: ARG001  the shape of a policy
+    return "4"  # type: ignore[return-value]
+
+
+def without_such_groups(load: Load, machine: Machine) -> Decision:  # noqa: ARG001
+    return Decision(Layout((3, 1)), DecisionKind.NARROW, "three and one")
+
+
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        (raising, "ZeroDivisionError: 1+1+1+1 of 4"),
+        (returning_text, "TypeError: a policy returns a Decision, got '4'"),
+        (without_such_groups, "LayoutError: layout 3+1"),
+    ],
+)
+def test_a_policy_that_fails_gives_way_and_nobodys_request_suffers(policy: Any, why: str) -> None:
+    decisions: list[str] = []
+    simulation = Simulation(
+        QUIET, policy="static", on_step=lambda each: decisions.append(each.engine.control.last_decision or "")
+    )
+    name = simulation.engine.set_policy(policy)
+    simulation.run()
+    first = next(each for each in decisions if each)
+    assert first.startswith(f"{name} failed ({why}")
+    assert simulation.engine.control.policy == "load_adaptive"
+    assert finished(simulation) == len(QUIET)
+    assert simulation.engine_layout == "4"
+
+
+def test_a_function_may_not_pass_for_a_built_in_policy() -> None:
+    def static(load: Load, machine: Machine) -> Decision:
+        return by_number_of_requests(load, machine)
+
+    simulation = Simulation(QUIET)
+    with pytest.raises(ConfigError, match=r"^policy 'static' is built in: give the function another name$"):
+        simulation.engine.set_policy(static)
+    assert simulation.engine.control.policy == "load_adaptive"

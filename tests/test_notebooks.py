@@ -1,0 +1,85 @@
+"""Every notebook runs from a clean kernel, and what is committed of it was printed and drawn by such a run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+from notebooks.execute import FOLDER, METADATA, execute
+
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PICTURE = "image/png"
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|work|root|tmp|Users)\b")
+LINK = re.compile(r"\]\(([\w./-]+)\)")
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(notebook: NotebookNode) -> list[int]:
+    """How many each code cell drew."""
+    return [sum(PICTURE in output.get("data", {}) for output in cell.outputs) for cell in code_cells(notebook)]
+
+
+def texts(notebook: NotebookNode) -> list[str]:
+    """All that is written in it, by people and by cells."""
+    found = [cell.source for cell in notebook.cells]
+    for output in (output for cell in code_cells(notebook) for output in cell.outputs):
+        found += [output.get("text", ""), *output.get("traceback", [])]
+        found += [str(text) for kind, text in output.get("data", {}).items() if kind != PICTURE]
+    return found
+
+
+def complaints(notebook: NotebookNode) -> list[str]:
+    """What no run should leave behind: cells that failed, did not run or warn, and paths of the machine."""
+    cells = code_cells(notebook)
+    found = [] if [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)) else ["cells left out"]
+    for output in (output for cell in cells for output in cell.outputs):
+        if output.output_type == "error":
+            found.append(f"{output.ename}: {output.evalue}")
+        elif output.get("name") == "stderr" and "Warning" in output.text:
+            found.append(output.text)
+    return found + [text for text in texts(notebook) if MACHINE_PATH.search(text)]
+
+
+@pytest.mark.slow
+@each_notebook
+def test_it_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XLA_FLAGS", "NPROC"):  # the devices of the tests: a notebook has to configure its own
+        monkeypatch.delenv(name, raising=False)
+    executed = execute(Path(shutil.copy(path, tmp_path)))
+    assert complaints(executed) == []
+    assert pictures(executed) == pictures(nbformat.read(path, as_version=4)), "outputs are old: make notebooks"
+
+
+@each_notebook
+def test_it_is_committed_with_the_outputs_of_a_whole_run(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata == METADATA
+    assert complaints(notebook) == []
+    assert sum(pictures(notebook)) > 0
+
+
+@each_notebook
+def test_its_links_lead_somewhere_and_the_readme_lists_it(path: Path) -> None:
+    links = [link for text in texts(nbformat.read(path, as_version=4)) for link in LINK.findall(text)]
+    assert links, "no way to the next one"
+    assert [link for link in links if not (FOLDER / link).exists()] == []
+    assert f"notebooks/{path.name}" in (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_bad_notebook_is_noticed() -> None:
+    failed = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=["in /home/me/x.py"])
+    warned = nbformat.v4.new_output("stream", name="stderr", text="UserWarning: old")
+    cell = nbformat.v4.new_code_cell("1 / 0", outputs=[failed, warned], execution_count=2)
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    assert complaints(notebook) == ["cells left out", "ValueError: no", "UserWarning: old", "in /home/me/x.py"]
