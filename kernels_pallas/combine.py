@@ -13,7 +13,7 @@ from kernels_pallas.attend import FIRST_MAXIMUM, columns, finish, pieces
 from kernels_pallas.work import Cut
 
 # Partial results that one iteration takes together.
-CHUNK_SLOTS = 32
+CHUNK_SLOTS = 16
 
 
 def combine_kernel(

@@ -20,7 +20,7 @@ from kernels_pallas.tuning import Tuning, tuning_for
 from kernels_pallas.work import divide
 from kernels_pallas.write import TILE_TOKENS, write_kernel
 
-_COMBINE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=1)
+_COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
 _WRITE_PARAMS = plgpu.CompilerParams(num_warps=1, num_stages=1)
 
 

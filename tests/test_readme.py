@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fly_jax.bench.__main__ import parse
 from fly_jax.cli import main
 from tests.tiny_models import CASES, write_model
 
@@ -26,7 +27,7 @@ def console_commands() -> list[str]:
 
 def test_every_command_is_covered_by_a_test_or_by_ci() -> None:
     ci = "".join((ROOT / ".ci" / name).read_text(encoding="utf-8") for name in ("run", "smoke"))
-    covered_here = ("source .venv", "fly-jax serve MODEL_DIR", "fly-jax generate", "fly-jax convert")
+    covered_here = ("source .venv", "fly-jax serve MODEL_DIR", "fly-jax generate", "fly-jax convert", "python -m ")
     for command in console_commands():
         if command.startswith("make "):
             assert command in ci
@@ -60,6 +61,13 @@ def test_the_serve_flags_exist() -> None:
     (serve,) = [command for command in console_commands() if command.startswith("fly-jax serve")]
     # A folder that is missing is found out only after all flags were understood.
     assert main([*shlex.split(serve)[1:-1], "0"]) == 2
+
+
+def test_the_benchmarks_flags_exist() -> None:
+    commands = [command for command in console_commands() if command.startswith("python -m fly_jax.bench")]
+    assert len(commands) == 3
+    for command in commands:
+        assert callable(parse(shlex.split(command)[3:]).command)
 
 
 def test_the_python_example_runs() -> None:

@@ -14,7 +14,7 @@ from fly_jax.errors import FlyJaxError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one benchmark; returns the exit code, 2 for anything that the user can mend."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return int(options.command(options))
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, the command's function among them as ``command``."""
     parser = Parser(prog="python -m fly_jax.bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module, text in (
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         ("report", report, "one HTML page with pictures from result files"),
     ):
         module.add_arguments(commands.add_parser(name, help=text))
-    return parser
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
