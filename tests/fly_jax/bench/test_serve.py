@@ -28,9 +28,9 @@ def url() -> Iterator[str]:
 
 def planned(given: list[str], max_model_len: int | None) -> list[PlannedRequest]:
     """What these options plan for a model of that length."""
-    from fly_jax.bench.__main__ import _parser
+    from fly_jax.bench.__main__ import parse
 
-    options = _parser().parse_args(["serve", *given])
+    options = parse(["serve", *given])
     return serve.plan(options, serve.check(options), ServedModel("m", max_model_len))
 
 
