@@ -48,7 +48,8 @@ class PallasBackend:
         options: AttentionOptions,
         sinks: Array | None = None,
     ) -> Array:
-        tuning = self.tuning or tuning_for(self.chip, layout, group=query.shape[3], queries=query.shape[1])
+        capped = options.soft_cap is not None
+        tuning = self.tuning or tuning_for(self.chip, layout, query.shape[3], query.shape[1], soft_cap=capped)
         return _attend(query, pool, _array(layer), runs, sinks, layout, options, tuning, self.interpret)
 
     def write_kv(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from kernels_pallas.interface import KVLayout
@@ -103,19 +103,25 @@ def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int
 # `python -m fly_jax.bench kernels --tune`, whose figures belong beside these.
 TABLE: tuple[Entry, ...] = (
     _hopper(64, (128, 4, 3), (128, 64, 8, 2), "at most 142 and 128 registers, 39 and 49 KB of shared memory"),
-    _hopper(80, (64, 8, 1), (128, 32, 8, 2), "at most 203 and 166 registers, 24 and 62 KB of shared memory"),
+    _hopper(80, (64, 8, 1), (128, 64, 8, 1), "at most 203 and 166 registers, 24 and 62 KB of shared memory"),
     _hopper(96, (64, 4, 4), (128, 64, 8, 1), "at most 120 and 170 registers, 30 and 74 KB of shared memory"),
     _hopper(128, (64, 8, 3), (128, 64, 8, 1), "at most 80 and 236 registers, 39 and 99 KB of shared memory"),
     _hopper(256, (32, 8, 2), (64, 32, 8, 1), "at most 126 and 205 registers, 42 and 98 KB of shared memory"),
 )
 
 
-def tuning_for(chip: str, layout: KVLayout, group: int, queries: int) -> Tuning:
+def tuning_for(chip: str, layout: KVLayout, group: int, queries: int, *, soft_cap: bool = False) -> Tuning:
     """The table's parameters, or safe ones for a chip or a shape that it does not list."""
     for entry in TABLE:
         if entry.fits(chip, layout, group):
-            return entry.decode if queries == 1 else entry.prefill
-    return _safe(layout, queries)
+            tuning = entry.decode if queries == 1 else entry.prefill
+            break
+    else:
+        tuning = _safe(layout, queries)
+    if soft_cap and queries > 1 and tuning.tile_tokens > 16:
+        # With a whole tile of hyperbolic tangents beside the sums, head sizes of 80 and more spill registers.
+        return replace(tuning, tile_tokens=tuning.tile_tokens // 2, min_item_tiles=2 * tuning.min_item_tiles)
+    return tuning
 
 
 def candidates(chip: str, layout: KVLayout, group: int, queries: int) -> Iterator[Tuning]:

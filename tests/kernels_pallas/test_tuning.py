@@ -50,3 +50,11 @@ def test_a_query_block_of_prompt_holds_as_many_queries_as_rows_allow() -> None:
     assert tuning.sizes(16, 4, 8).block_queries == tuning.rows // 4
     assert tuning.sizes(16, 5, 8).block_queries == tuning.rows // 5
     assert tuning.sizes(1, 5, 8).block_queries == 1
+
+
+def test_a_soft_cap_halves_the_tiles_of_prompts_alone() -> None:
+    plain, capped = (tuning_for("NVIDIA H200", layout(256), 4, 16, soft_cap=cap) for cap in (False, True))
+    assert capped.tile_tokens == plain.tile_tokens // 2
+    assert capped.tile_tokens * capped.min_item_tiles == plain.tile_tokens * plain.min_item_tiles
+    decodes = [tuning_for("NVIDIA H200", layout(256), 4, 1, soft_cap=cap) for cap in (False, True)]
+    assert decodes[0] == decodes[1]
