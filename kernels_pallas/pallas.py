@@ -20,7 +20,6 @@ from kernels_pallas.tuning import Tuning, tuning_for
 from kernels_pallas.work import divide
 from kernels_pallas.write import TILE_TOKENS, write_kernel
 
-_COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
 _WRITE_PARAMS = plgpu.CompilerParams(num_warps=1, num_stages=1)
 
 
@@ -100,7 +99,8 @@ def _attend(
         grid=(rows.used, heads, sizes.target_items),
         out_shape=out,
         input_output_aliases={len(arguments) - 1: 0},
-        compiler_params=_COMBINE_PARAMS,
+        # One warp of a head_dim of 256 would spill registers.
+        compiler_params=plgpu.CompilerParams(num_warps=2 if dim > 128 else 1, num_stages=1),
         interpret=interpret,
         name="paged_attention_combine",
     )(*arguments)

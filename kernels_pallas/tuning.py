@@ -74,6 +74,7 @@ _HOPPER = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH
 _HOPPER_PROCESSORS = 132
 _SAFE_PROCESSORS = 108
 _PREFETCHING_STAGES = 5
+_PLAIN_STAGES = 3
 
 
 def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int, int, int], evidence: str) -> Entry:
@@ -118,9 +119,9 @@ def tuning_for(chip: str, layout: KVLayout, group: int, queries: int, *, soft_ca
             break
     else:
         tuning = _safe(layout, queries)
-    if soft_cap and queries > 1 and tuning.tile_tokens > 16:
-        # With a whole tile of hyperbolic tangents beside the sums, head sizes of 80 and more spill registers.
-        return replace(tuning, tile_tokens=tuning.tile_tokens // 2, min_item_tiles=2 * tuning.min_item_tiles)
+    if soft_cap and queries > 1:
+        # A tile of hyperbolic tangents beside the sums leaves no registers for copying the next tile meanwhile.
+        return replace(tuning, num_stages=_PLAIN_STAGES)
     return tuning
 
 

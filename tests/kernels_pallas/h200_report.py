@@ -34,7 +34,6 @@ from kernels_pallas.tuning import TABLE  # noqa: E402
 from tests.h200 import node_of_h200s  # noqa: E402
 
 _MESH = Mesh(np.array(node_of_h200s()[:1]), ("one",))
-_NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 _KERNELS = ("paged_attention", "paged_attention_combine", "write_kv")
 _LAYERS, _BASE_BLOCK, _KV_HEADS = 32, 16, 8
 # More than 2^31 elements, as real pools have: offsets must be 64 bits wide.
@@ -126,12 +125,14 @@ def _compile(function: Any, arguments: tuple[Any, ...], donate: bool = False) ->
     specs = (PartitionSpec(),) * len(arguments)
     mapped = jax.shard_map(function, mesh=_MESH, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     lowered = jax.jit(mapped, donate_argnums=0 if donate else ()).lower(*arguments)
-    compiled = lowered.compile(compiler_options=_NO_SPILLS)
+    compiled = lowered.compile()
     if donate:
         memory = compiled.memory_analysis()
         assert memory is not None
         assert memory.alias_size_in_bytes == arguments[0].size * arguments[0].dtype.itemsize
-    return kernels_in(_DUMP)
+    found = kernels_in(_DUMP)
+    assert not any(kernel["spilled_bytes"] for kernel in found.values()), f"registers are spilled: {found}"
+    return found
 
 
 def kernels_in(dump: Path) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def kernels_in(dump: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in dump.glob("*.thunk_sequence.txt"):
         for name, size in re.findall(rf" ({'|'.join(_KERNELS)}) grid: .*shared_memory: (\d+) bytes", file.read_text()):
-            found[name] = {"registers": None, "shared_memory_bytes": int(size)}
+            found[name] = {"registers": None, "spilled_bytes": None, "shared_memory_bytes": int(size)}
     ptxas = _ptxas()
     for file in dump.glob("*.ptx") if ptxas else ():
         code = file.read_text()
@@ -148,7 +149,9 @@ def kernels_in(dump: Path) -> dict[str, Any]:
             command = [str(ptxas), "-v", "-arch=sm_90a", str(file), "-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             used = re.search(r"Used (\d+) registers", done.stdout + done.stderr)
+            spilled = re.search(r"(\d+) bytes spill stores", done.stdout + done.stderr)
             found[entry[1]]["registers"] = int(used[1]) if used else None
+            found[entry[1]]["spilled_bytes"] = int(spilled[1]) if spilled else None
             waits = [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)]
             found[entry[1]]["copies_in_flight"] = max(waits, default=0)
     return found
