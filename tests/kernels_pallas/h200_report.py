@@ -1,6 +1,6 @@
 """Compiles every kernel for an H200, without a GPU, and prints what each takes of the chip.
 
-A kernel that spills registers, or wants more shared memory than a program can have, does not compile here.
+It ends with an error at a kernel that spills registers or wants more shared memory than a program can have.
 """
 
 from __future__ import annotations
