@@ -103,11 +103,11 @@ def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int
 # the programs a processor that registers and shared memory admit. Not one has been timed yet: that needs a GPU and
 # `python -m fly_jax.bench kernels --tune`, whose figures belong beside these.
 TABLE: tuple[Entry, ...] = (
-    _hopper(64, (128, 4, 3), (128, 64, 8, 2), "at most 142 and 128 registers, 39 and 49 KB of shared memory"),
-    _hopper(80, (64, 8, 1), (128, 64, 8, 1), "at most 203 and 166 registers, 24 and 62 KB of shared memory"),
-    _hopper(96, (64, 4, 4), (128, 64, 8, 1), "at most 120 and 170 registers, 30 and 74 KB of shared memory"),
-    _hopper(128, (64, 8, 3), (128, 64, 8, 1), "at most 80 and 236 registers, 39 and 99 KB of shared memory"),
-    _hopper(256, (32, 8, 2), (64, 32, 8, 1), "at most 126 and 205 registers, 42 and 98 KB of shared memory"),
+    _hopper(64, (128, 4, 3), (128, 64, 8, 2), "at most 143 and 128 registers, 73 and 67 KB of shared memory"),
+    _hopper(80, (64, 8, 1), (128, 64, 8, 1), "at most 204 and 166 registers, 45 and 83 KB of shared memory"),
+    _hopper(96, (64, 4, 4), (128, 64, 8, 1), "at most 126 and 186 registers, 55 and 99 KB of shared memory"),
+    _hopper(128, (64, 8, 3), (128, 64, 8, 1), "at most 80 and 238 registers, 72 and 132 KB of shared memory"),
+    _hopper(256, (32, 8, 2), (64, 32, 8, 1), "at most 128 and 205 registers, 75 and 132 KB of shared memory"),
 )
 
 
@@ -144,4 +144,4 @@ def _safe(layout: KVLayout, queries: int) -> Tuning:
     warps = 4 if layout.dtype.itemsize == 2 else 8  # float32 products do not run on tensor cores: more registers
     rows = 16 if queries == 1 else 64 if row_bytes <= 512 else 32
     programs = (4 if queries == 1 else 2) * _SAFE_PROCESSORS
-    return Tuning(rows, tile, warps, num_stages=_PREFETCHING_STAGES, programs=programs, min_item_tiles=256 // tile)
+    return Tuning(rows, tile, warps, num_stages=2, programs=programs, min_item_tiles=256 // tile)
