@@ -79,7 +79,7 @@ def _attend(
     work = divide(runs, count, sizes, options.window)
     rows = RowShape(sizes.block_queries, group)
     places = query.reshape(num_runs * count, heads, group, dim)
-    view = layout.view(_as_values(pool, layout.dtype))
+    view = layout.view(_reinterpreted(pool, layout.dtype))
     slots = (sizes.max_slots, heads, rows.used)
     out = jax.ShapeDtypeStruct(places.shape, places.dtype)
     floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -121,7 +121,7 @@ def _write(
 ) -> Array:
     tokens, heads, dim = key.shape
     view = layout.view(pool)
-    bits = (_as_bits(each.astype(layout.dtype), pool.dtype) for each in (key, value))
+    bits = (_reinterpreted(each.astype(layout.dtype), pool.dtype) for each in (key, value))
     kernel = partial(write_kernel, tokens=tokens, num_blocks=pool.shape[0], head_dim=dim)
     written = pl.pallas_call(
         kernel,
@@ -148,10 +148,6 @@ def _given(sinks: Array | None) -> tuple[Array, ...]:
     return () if sinks is None else (sinks.astype(jnp.float32),)
 
 
-def _as_values(pool: Array, dtype: jnp.dtype) -> Array:
-    """The whole pool's bits as what they mean: a bitcast on GPU, no copy."""
-    return pool if pool.dtype == dtype else lax.bitcast_convert_type(pool, dtype)
-
-
-def _as_bits(values: Array, dtype: jnp.dtype) -> Array:
-    return values if values.dtype == dtype else lax.bitcast_convert_type(values, dtype)
+def _reinterpreted(array: Array, dtype: jnp.dtype) -> Array:
+    """The bits as another type of the same size: of a whole pool a bitcast on GPU, no copy."""
+    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
 from fly_jax.bench.requests import PlannedRequest
 from fly_jax.errors import ConfigError
 
-# Special tokens mostly have the lowest ids.
-LOWEST_TOKEN_ID = 10
 # For endpoints that take no token ids; each is about one token for the tokenizers of most models.
 WORDS = (
     "the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "his", "they", "at", "be", "this",
@@ -82,15 +81,15 @@ def random_requests(
     """One request for each time.
 
     Args:
-        vocab_size: token ids are drawn from [10, vocab_size).
+        vocab_size: token ids are drawn from ``[FIRST_RANDOM_ID, vocab_size)``.
         as_text: prompts of as many common words, for endpoints that take no token ids; the server's usage then says
             how many tokens they have.
 
     Raises:
         ConfigError: the vocabulary leaves no token id to draw.
     """
-    if vocab_size <= LOWEST_TOKEN_ID:
-        raise ConfigError(f"--vocab-size must be above {LOWEST_TOKEN_ID}, got {vocab_size}")
+    if vocab_size <= FIRST_RANDOM_ID:
+        raise ConfigError(f"--vocab-size must be above {FIRST_RANDOM_ID}, got {vocab_size}")
     generator = np.random.default_rng(seed)
     inputs, outputs = lengths.draw(generator, len(times))
     return [
@@ -98,7 +97,7 @@ def random_requests(
             at=at,
             prompt=_words(generator, prompt_tokens)
             if as_text
-            else tuple(generator.integers(LOWEST_TOKEN_ID, vocab_size, prompt_tokens).tolist()),
+            else tuple(generator.integers(FIRST_RANDOM_ID, vocab_size, prompt_tokens).tolist()),
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )

@@ -140,7 +140,7 @@ def plan(
         times = _times(options, checked, options.num_prompts or DEFAULT_PROMPTS)
         lengths = _random_lengths(options, model.max_model_len)
         return random_requests(times, lengths, vocabulary, options.seed, as_text=as_text)
-    from fly_jax.bench import workloads  # type: ignore[attr-defined]
+    from fly_jax.bench import workloads
 
     limits = PlanLimits(_or(model.max_model_len, sys.maxsize), options.num_prompts, vocabulary)
     planned = workloads.plan(checked.workload, dataset_path=options.dataset_path, limits=limits, seed=options.seed)
