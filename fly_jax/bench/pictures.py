@@ -190,7 +190,7 @@ def _goodput_lines(runs: Sequence[Run], workload: str, source: str) -> Figure:
     axes = figure.subplots()
     _lines(axes, runs, [run.number("request_goodput") for run in runs])
     axes.set_xlabel("requests/s asked for")
-    axes.set_ylabel("requests/s within the limits")
+    axes.set_ylabel(f"requests/s within {_limits(runs)}")
     axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return figure
@@ -202,7 +202,7 @@ def _goodput_bars(runs: Sequence[Run], workload: str, source: str) -> Figure:
     completed = [run.number("request_throughput") for run in runs]
     good = [run.number("request_goodput") for run in runs]
     axes.barh(rows, completed, 0.7, color="#D9D9D9", edgecolor=GREY, linewidth=0.8, label="completed")
-    bars = axes.barh(rows, good, 0.42, color=PALETTE[0], label="within the limits")
+    bars = axes.barh(rows, good, 0.42, color=PALETTE[0], label=f"within {_limits(runs)}")
     axes.bar_label(bars, [f"{each:,.2f}" if math.isfinite(each) else "" for each in good], padding=3)
     axes.set_yticks(rows, [_label(run.name) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
@@ -212,6 +212,11 @@ def _goodput_bars(runs: Sequence[Run], workload: str, source: str) -> Figure:
     axes.grid(False, axis="y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return figure
+
+
+def _limits(runs: Sequence[Run]) -> str:
+    """In words for a label; runs side by side have the same ones."""
+    return next((run.limits for run in runs if run.limits), "the limits")
 
 
 def timeline(run: Run, workload: str, source: str) -> Figure | None:

@@ -53,7 +53,8 @@ def comparison(runs: Sequence[Run]) -> Table:
     columns += [("worst stall ms", stalls), ("schedule lag p99 ms", lags)]
     kept = [(heading, cells) for heading, cells in columns if any(cells)]
     rows = [(run.name, *(cells[index] for _, cells in kept)) for index, run in enumerate(runs)]
-    return _table("Runs", ["run", *(heading for heading, _ in kept)], rows)
+    limits = next((f"; goodput: {run.limits}" for run in runs if run.limits), "")
+    return _table(f"Runs{limits}", ["run", *(heading for heading, _ in kept)], rows)
 
 
 def _compared(run: Run, key: str | tuple[str, int]) -> str:

@@ -71,6 +71,13 @@ class Run:
         return percentile(self.values, metric, percent)
 
     @property
+    def limits(self) -> str:
+        """What goodput was counted by, such as ``TTFT 500 ms, TPOT 50 ms``; empty if the file does not say."""
+        limits = self.values.get("goodput_limits_ms")
+        found = limits.items() if isinstance(limits, Mapping) else ()
+        return ", ".join(f"{plain(name).upper()} {number(each):g} ms" for name, each in found)
+
+    @property
     def changes(self) -> tuple[LayoutChange, ...]:
         """The entries of the timeline that differ from the one before."""
         return tuple(after for before, after in itertools.pairwise(self.timeline) if after.layout != before.layout)

@@ -7,11 +7,16 @@ import datetime
 import json
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fly_jax
+
+# A line each would make files of tens of thousands of lines. Only at the end of a line does a bracket open a list and
+# not stand in a text, which JSON keeps on one.
+_LIST_OF_NUMBERS = re.compile(r"\[\n[-+0-9.eE,\s]+\]")
 
 
 def provenance(*, of_devices: bool = True) -> dict[str, Any]:
@@ -43,7 +48,8 @@ def save(folder: Path, name: str, result: dict[str, Any], *, of_devices: bool = 
     """Writes ``name.json``, what the result says before where it comes from, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**provenance(of_devices=of_devices), **result}, indent=1) + "\n")
+    text = json.dumps({**provenance(of_devices=of_devices), **result}, indent=1)
+    path.write_text(_LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
     return path
 
 

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         _say(f"{len(planned)} requests to {target.base_url}{target.endpoint}, model {target.model}")
         load = run_load(planned, target, checked.load)
     result = build_result(load, server.facts(options, checked, planned), detailed=options.save_detailed)
-    _report(load, len(planned))
+    report(load, len(planned))
     print(table(result, checked.shown, checked.percentiles))
     if options.save_result or options.save_detailed:
         _say(f"saved as {_save(options, result)}")
@@ -244,19 +244,20 @@ def _planned_rate(checked: ServeRun, planned: Sequence[PlannedRequest]) -> float
     return len(planned) / planned[-1].at if planned[-1].at > 0 else math.inf
 
 
-def _report(load: LoadResult, planned: int) -> None:
-    """What the table does not hold."""
+def report(load: LoadResult, planned: int) -> None:
+    """Prints what a table of figures does not hold."""
     records = load.sent.records
     if load.sent.interrupted:
         _say(f"interrupted after {load.duration:.1f} s: {len(records)} of {planned} requests had been sent")
     if not load.has_layouts:
         _say("the server has no GET /layout, so there is no layout timeline")
-    for error, count in _errors(records):
+    for error, count in most_common_errors(records).items():
         _say(f"{count} requests failed: {error}")
 
 
-def _errors(records: Sequence[RequestRecord]) -> list[tuple[str, int]]:
-    return Counter(record.error for record in records if record.error).most_common(ERRORS_SHOWN)
+def most_common_errors(records: Sequence[RequestRecord]) -> dict[str, int]:
+    """How many requests ended with each error, the most frequent first."""
+    return dict(Counter(record.error for record in records if record.error).most_common(ERRORS_SHOWN))
 
 
 def _save(options: argparse.Namespace, result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,17 @@ import numpy as np
 from fly_jax.bench import metrics
 from fly_jax.bench.load import LoadResult
 from fly_jax.bench.requests import RequestRecord
+
+# Lists with an entry for each request, in the order in which they were sent; times are in seconds.
+BY_REQUEST: dict[str, Callable[[RequestRecord], Any]] = {
+    "input_lens": lambda record: record.prompt_tokens,
+    "output_lens": lambda record: 0 if record.error else record.output_tokens,
+    "start_times": lambda record: record.sent_at,
+    "ttfts": metrics.time_to_first_token,
+    "itls": metrics.gaps,
+    "tags": lambda record: record.planned.tag,
+    "errors": lambda record: record.error,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,7 @@ def build_result(load: LoadResult, facts: RunFacts, *, detailed: bool = False) -
         "max_concurrency": facts.max_concurrency,
         "workload": facts.workload,
         "seed": facts.seed,
+        "goodput_limits_ms": dict(facts.goodput),
         "interrupted": load.sent.interrupted,
         "duration": load.duration,
         **dataclasses.asdict(counted),
@@ -65,7 +77,7 @@ def build_result(load: LoadResult, facts: RunFacts, *, detailed: bool = False) -
         **_of_layouts(load),
         **_of_client(load, counted.total_output_tokens),
         "by_tag": _by_tag(records, percentiles),
-        **_by_request(records),
+        **{key: [of(record) for record in records] for key, of in BY_REQUEST.items()},
     }
     if detailed:
         result["generated_texts"] = [record.text for record in records]
@@ -100,17 +112,4 @@ def _by_tag(records: Sequence[RequestRecord], percentiles: Sequence[float]) -> d
         tag: metrics.latency_figures([record for record in records if record.planned.tag == tag], percentiles)
         for tag in tags
         if tag
-    }
-
-
-def _by_request(records: Sequence[RequestRecord]) -> dict[str, list[Any]]:
-    """Lists with an entry for each request, in the order in which they were sent."""
-    return {
-        "input_lens": [record.prompt_tokens for record in records],
-        "output_lens": [0 if record.error else record.output_tokens for record in records],
-        "start_times": [record.sent_at for record in records],
-        "ttfts": [metrics.time_to_first_token(record) for record in records],
-        "itls": [metrics.gaps(record) for record in records],
-        "tags": [record.planned.tag for record in records],
-        "errors": [record.error for record in records],
     }

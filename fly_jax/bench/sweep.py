@@ -18,14 +18,17 @@ from rich.table import Table
 from fly_jax.bench import results
 from fly_jax.bench.load import run_load
 from fly_jax.bench.requests import PlannedRequest
-from fly_jax.bench.serve import ServeRun, check, plan, serving
-from fly_jax.bench.serving_result import build_result
+from fly_jax.bench.serve import ServeRun, check, most_common_errors, plan, report, serving
+from fly_jax.bench.serving_result import BY_REQUEST, build_result
 from fly_jax.config import one_of
 from fly_jax.errors import ConfigError
+from fly_jax.layout import Layout
 from fly_jax.outputs import SwitchStrategy
 
 AUTO, STATIC = "auto", "static"
 SWITCH_TIMEOUT_SECONDS = 300
+# Of every request, in seconds; the rest of what is known of each is left to ``serve``.
+DRAWN = ("start_times", "ttfts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +108,31 @@ def _runs_on_one_server(
         for configuration, scale in itertools.product(configurations, options.rate_scales):
             if not _configure(server.target.base_url, configuration, options.admin_key):
                 continue
-            _say(f"{configuration}, {scale:g} times the rate: {len(planned)} requests")
-            load = run_load(at_rate(planned, scale), server.target, checked.load)
-            result = build_result(load, server.facts(options, checked, planned), detailed=False)
+            sent, narrowed = within_widths(at_rate(planned, scale), configuration)
+            _say(f"{configuration}, {scale:g} times the rate: {len(sent)} requests{_narrowed(narrowed)}")
+            load = run_load(sent, server.target, checked.load)
+            report(load, len(sent))
+            result = build_result(load, server.facts(options, checked, planned))
             rate = result["request_rate"]
             yield {
                 "configuration": str(configuration),
                 **dataclasses.asdict(configuration),
                 "rate_scale": scale,
-                **result,
+                "narrowed_requests": narrowed,
+                **_without_details(result),
+                "error_counts": most_common_errors(load.sent.records),
                 "request_rate": rate if isinstance(rate, str) else rate * scale,
             }
         _configure(server.target.base_url, Configuration(first, STATIC, None), options.admin_key)
+
+
+def _without_details(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run, and of its requests what pictures are drawn from.
+
+    Every gap between tokens of two dozen runs makes a file of 15 MB, which nobody reads or commits.
+    """
+    figures = {key: value for key, value in result.items() if key not in BY_REQUEST}
+    return {**figures, **{key: [round(each, 4) for each in result[key]] for key in DRAWN}}
 
 
 def at_rate(planned: Sequence[PlannedRequest], scale: float) -> list[PlannedRequest]:
@@ -124,13 +140,39 @@ def at_rate(planned: Sequence[PlannedRequest], scale: float) -> list[PlannedRequ
     return [dataclasses.replace(request, at=request.at / scale) for request in planned]
 
 
+def within_widths(planned: Sequence[PlannedRequest], configuration: Configuration) -> tuple[list[PlannedRequest], int]:
+    """The requests as a pinned layout can take them, and how many had to give up the width that they ask for.
+
+    A server refuses a request that asks for a wider group than its pinned layout has; a user of such a server would not
+    ask. The policy makes the group, so there nothing changes.
+    """
+    if configuration.policy != STATIC:
+        return list(planned), 0
+    widest = max(map(int, configuration.layout.split("+")))
+    sent = [
+        dataclasses.replace(request, tensor_parallel_size=None)
+        if request.tensor_parallel_size is not None and request.tensor_parallel_size > widest
+        else request
+        for request in planned
+    ]
+    return sent, sum(before is not after for before, after in zip(planned, sent, strict=True))
+
+
+def _narrowed(count: int) -> str:
+    return f", {count} of them without the width that they ask for" if count else ""
+
+
 def _configurations(
     options: argparse.Namespace, base_url: str, strategy: str | None, with_static: bool
 ) -> tuple[str, list[Configuration]]:
-    """The server's present layout, and what to run on it."""
+    """The server's present layout, and what to run on it.
+
+    Raises:
+        LayoutError: a layout that its devices do not make.
+    """
     present = _layout(base_url)
     devices = sum(int(degree) for degree in present.split("+"))
-    layouts = options.layouts or static_layouts(devices)
+    layouts = [str(Layout.parse(text, devices)) for text in options.layouts or static_layouts(devices)]
     static = [Configuration(layout, STATIC, None) for layout in layouts] if with_static else []
     automatic = [Configuration(layouts[0], AUTO, strategy)] if AUTO in options.policies else []
     return present, [*(static if STATIC in options.policies else ()), *automatic]
@@ -196,10 +238,13 @@ def _save(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[st
     from fly_jax.bench import pictures
 
     name = (options.result_filename or f"sweep-{Path(checked.workload).stem}").removesuffix(".json")
-    result = {"workload": checked.workload, "seed": options.seed, "runs": list(rows)}
-    path = results.save(options.result_dir, name, result, of_devices=options.self_hosted is not None)
+    of_devices = options.self_hosted is not None
+    # The server has its own number of devices, which every layout fills.
+    devices = {"num_devices": sum(map(int, rows[0]["layout"].split("+")))} if of_devices and rows else {}
+    result = {"workload": checked.workload, "seed": options.seed, **devices, "runs": list(rows)}
+    path = results.save(options.result_dir, name, result, of_devices=of_devices)
     _say(f"saved as {path}")
-    found = pictures.of_sweep({**results.provenance(of_devices=False), **result})
+    found = pictures.of_sweep({**results.provenance(of_devices=of_devices), **result})
     for written in pictures.write(found, options.result_dir, name):
         _say(f"saved as {written}")
 
