@@ -17,6 +17,33 @@ PICTURE = "image/png"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|work|root|tmp|Users)\b")
 LINK = re.compile(r"\]\(([\w./-]+)\)")
 
+# What a notebook says to show, as lines of its output: regular expressions, each for at least one whole line.
+CLAIMS = {
+    "01_first_tour": (
+        r"Question: What does Nora have\? Answer: glass bell",
+        r"4 +same story: True .*",
+        r"12 stories of 200 tokens, 4 switches on the way",
+        r"1 distinct text\(s\): .*",
+        r"compiles after warm-up: 0",
+    ),
+    "02_watching_a_burst": (r"72 answers, 1728 tokens", r"\d+\. 4 -> 1\+1\+1\+1: .* running requests moved"),
+    "03_inside_zero_copy": (
+        r"4 +(\d+) of \1 views inside resident buffers",
+        r"a copy is inside: False",
+        r" +4 +6 +([\d,]+) of \1 +0 +0",
+        r"donated: False   aliased +0 bytes   new arrays: \['copy'\]",
+        r"pools where they were:   True",
+        r"weights where they were: True",
+        r"compiles since start:    0",
+    ),
+    "04_your_own_policy": (
+        r"policy in force: patient",
+        r" +4 -> 1\+1\+1\+1 +16 requests, so groups of 1",
+        r"policy in force: load_adaptive",
+    ),
+    "05_reading_results": (r"weight bytes moved: 0", r"the same number of KV bytes .* in every step: True"),
+}
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -50,6 +77,13 @@ def complaints(notebook: NotebookNode) -> list[str]:
     return found + [text for text in texts(notebook) if MACHINE_PATH.search(text)]
 
 
+def unshown_claims(notebook: NotebookNode, stem: str) -> list[str]:
+    lines = [
+        line for cell in code_cells(notebook) for output in cell.outputs for line in output.get("text", "").split("\n")
+    ]
+    return [claim for claim in CLAIMS[stem] if not any(re.fullmatch(claim, line) for line in lines)]
+
+
 @pytest.mark.slow
 @each_notebook
 def test_it_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +91,7 @@ def test_it_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     executed = execute(Path(shutil.copy(path, tmp_path)))
     assert complaints(executed) == []
+    assert unshown_claims(executed, path.stem) == []
     assert pictures(executed) == pictures(nbformat.read(path, as_version=4)), "outputs are old: make notebooks"
 
 
@@ -66,6 +101,7 @@ def test_it_is_committed_with_the_outputs_of_a_whole_run(path: Path) -> None:
     nbformat.validate(notebook)
     assert notebook.metadata == METADATA
     assert complaints(notebook) == []
+    assert unshown_claims(notebook, path.stem) == []
     assert sum(pictures(notebook)) > 0
 
 

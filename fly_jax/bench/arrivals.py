@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fly_jax.bench.random_streams import Stream, generator
 from fly_jax.config import one_of
 from fly_jax.errors import ConfigError
 
@@ -64,7 +65,7 @@ def arrival_times(
         raise ConfigError(f"--burstiness must be a positive number, got {burstiness:g}")
     if ramp_up is None and math.isinf(request_rate):
         return (0.0,) * count
-    gaps = np.random.default_rng(seed).gamma(burstiness, 1 / burstiness, count)
+    gaps = generator(seed, Stream.GAPS).gamma(burstiness, 1 / burstiness, count)
     if ramp_up is not None:
         gaps /= [ramp_up.rate_at(index / max(1, count - 1)) for index in range(count)]
     elif count and gaps.sum() > 0:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fly_jax.bench import offline
+from fly_jax.bench import offline, results
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output_json is not None:
         names = ("batch_size", "input_len", "output_len", "num_iters_warmup", "num_iters", "seed")
         settings = {name: getattr(options, name) for name in names}
-        offline.save(options.output_json, offline.result(options, settings, [asdict(row) for row in rows]))
+        results.write(options.output_json, offline.result(options, settings, [asdict(row) for row in rows]))
         print(f"written to {options.output_json}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import resource
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,17 +27,21 @@ class LoadOptions:
 
     Attributes:
         max_concurrency: requests in flight at most; those that are due meanwhile wait, in order. None: no bound.
+        warmups: the first so many requests are sent before the run as well, and not counted.
         watch_layout: ask the server for its layout while the run lasts.
         show_progress: on standard error.
     """
 
     max_concurrency: int | None = None
+    warmups: int = 0
     watch_layout: bool = True
     show_progress: bool = True
 
     def __post_init__(self) -> None:
         if self.max_concurrency is not None and self.max_concurrency < 1:
             raise ConfigError(f"--max-concurrency must be at least 1, got {self.max_concurrency}")
+        if self.warmups < 0:
+            raise ConfigError(f"--num-warmups must be at least 0, got {self.warmups}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,7 @@ async def run_load_async(planned: Sequence[PlannedRequest], target: Target, opti
     """Carries out a plan against a server; cancelled, it returns what has come so far.
 
     Raises:
-        ConfigError: the plan holds nothing, or what the endpoint cannot take.
+        ConfigError: the plan holds nothing, or what the endpoint cannot take; a warm-up was not answered.
     """
     if not planned:
         raise ConfigError("there is no request to send: check --num-prompts and the workload")
@@ -184,6 +189,7 @@ async def run_load_async(planned: Sequence[PlannedRequest], target: Target, opti
         ordered = sorted(planned, key=lambda request: request.at)
         prepared = [PreparedRequest(request, client.encode(request)) for request in ordered]
         watcher = LayoutWatcher(partial(client.get_json, "/layout", timeout=4 * POLL_SECONDS), clock.now)
+        await _warm_up(prepared[: options.warmups], client, options.max_concurrency)
         has_layouts = options.watch_layout and await watcher.start()
         with RunProgress(len(planned), options.show_progress) as progress:
             cpu_before = time.process_time()
@@ -198,6 +204,17 @@ async def run_load_async(planned: Sequence[PlannedRequest], target: Target, opti
 def run_load(planned: Sequence[PlannedRequest], target: Target, options: LoadOptions) -> LoadResult:
     """``run_load_async`` for callers without an event loop; Ctrl-C ends the run and keeps what has come so far."""
     return asyncio.run(run_load_async(planned, target, options))
+
+
+async def _warm_up(prepared: Sequence[PreparedRequest], client: StreamingClient, max_concurrency: int | None) -> None:
+    """Sends these at once and waits for them: a server may compile, or fill its caches, when it is first asked."""
+    at_once = [PreparedRequest(dataclasses.replace(each.planned, at=0.0), each.body) for each in prepared]
+    sent = await send_all(at_once, client, RunClock(), max_concurrency)
+    if sent.interrupted:
+        raise asyncio.CancelledError
+    errors = [record.error for record in sent.records if record.error]
+    if errors:
+        raise ConfigError(f"{len(errors)} of {len(at_once)} warm-up requests failed: {errors[0]}")
 
 
 @contextlib.asynccontextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from rich.console import Console
 
-from fly_jax.bench import results
 from fly_jax.bench.output_paths import check_file
+from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
+from fly_jax.bench.prompts import RandomPrompts
 from fly_jax.config import ATTENTION_BACKENDS, DTYPES, MIN_PROMPT_TOKENS, EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.layout import Layout
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fly_jax.models.config import ModelConfig
 
 Prompts = list[tuple[int, ...]]
-# Lower ids are usually a tokenizer's special tokens.
-FIRST_TOKEN_ID = 10
 LEAST_BATCHED_TOKENS = 512
 
 
@@ -148,9 +146,9 @@ def check_lengths(options: argparse.Namespace, max_model_len: int, vocab_size: i
             f"--input-len {options.input_len} + --output-len {options.output_len} exceed the model's context of "
             f"{max_model_len} tokens: lower one"
         )
-    if vocab_size <= FIRST_TOKEN_ID:
+    if vocab_size <= FIRST_RANDOM_ID:
         raise ConfigError(
-            f"prompts are drawn from token ids {FIRST_TOKEN_ID} and up, but the model's vocabulary has {vocab_size}: "
+            f"prompts are drawn from token ids {FIRST_RANDOM_ID} and up, but the model's vocabulary has {vocab_size}: "
             "give another --model"
         )
 
@@ -169,12 +167,11 @@ class PromptSource:
     cache of prefixes can help."""
 
     def __init__(self, seed: int, vocab_size: int, input_len: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._vocab_size, self._input_len = vocab_size, input_len
+        self._prompts, self._input_len = RandomPrompts(seed, vocab_size), input_len
+        self._numbers = itertools.count()
 
     def take(self, count: int) -> Prompts:
-        drawn = self._random.integers(FIRST_TOKEN_ID, self._vocab_size, (count, self._input_len))
-        return [tuple(prompt) for prompt in drawn.tolist()]
+        return [self._prompts.prompt(number, self._input_len) for number in itertools.islice(self._numbers, count)]
 
 
 def timed_generate(llm: OfflineEngine, prompts: Prompts, output_len: int) -> tuple[float, list[RequestOutput]]:
@@ -198,9 +195,3 @@ def result(options: argparse.Namespace, settings: dict[str, Any], rows: list[dic
     """Settings and a row a layout; where only one was measured its keys are at the top too, where vLLM has them."""
     only = rows[0] if len(rows) == 1 else {}
     return {"model": options.model.name if options.model else "demo", **settings, **only, "rows": rows}
-
-
-def save(path: Path, values: dict[str, Any]) -> None:
-    """Writes the values with their provenance."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**results.provenance(), **values}, indent=1) + "\n")

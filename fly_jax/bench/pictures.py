@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 GREY = "#767676"
 PERCENTS = (50, 90, 99)
@@ -37,6 +37,7 @@ LINEAR_FACTOR = 30
 # Widths that the load is counted in, seconds; the first that needs no more than so many bins.
 BIN_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 MOST_BINS = 80
+MOST_RATE_TICKS = 6
 LABEL_CHARACTERS = 30
 SOURCE_CHARACTERS_AN_INCH = 21
 STYLE: Any = {
@@ -90,7 +91,7 @@ def of_sweep(result: Mapping[str, Any]) -> dict[str, Figure]:
     for run in runs:
         name = f"timeline-{_slug(run.name)}"
         if varied_load(runs):
-            name += f"-{_slug(f'{run.rate:g}')}"
+            name += f"-{_slug(f'{run.rate:.3g}')}"
         if run.changes:
             pictures[_unused(name, pictures)] = timeline(run, workload, source)
     return {name: figure for name, figure in pictures.items() if figure is not None}
@@ -137,7 +138,7 @@ def _over_load(runs: Sequence[Run], metrics: Sequence[str], workload: str, sourc
         _scale(grid[row][0], "y", [run.percentile(metric, percent) for run in runs for percent in PERCENTS])
         grid[row][0].set_ylabel(f"{METRICS[metric]} (ms)")
     for axes in grid[-1]:
-        axes.set_xlabel("requests/s asked for")
+        _mark_rates(axes, runs)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     return figure
@@ -151,6 +152,14 @@ def _lines(axes: Axes, runs: Sequence[Run], values: Sequence[float]) -> None:
             [x for x, _ in points], [y for _, y in points], label=_label(name), color=PALETTE[index % len(PALETTE)],
             marker=MARKERS[index % len(MARKERS)], linestyle=LINES[index % len(LINES)], markersize=5,
         )  # fmt: skip
+
+
+def _mark_rates(axes: Axes, runs: Sequence[Run]) -> None:
+    """A tick at each load that was measured, where they are few."""
+    axes.set_xlabel("requests/s asked for")
+    rates = sorted({run.rate for run in runs})
+    if len(rates) <= MOST_RATE_TICKS:
+        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
 
 
 def _by_run(runs: Sequence[Run], metrics: Sequence[str], workload: str, source: str) -> Figure:
@@ -188,8 +197,10 @@ def goodput(runs: Sequence[Run], workload: str, source: str) -> Figure | None:
 def _goodput_lines(runs: Sequence[Run], workload: str, source: str) -> Figure:
     figure = _figure(6.5, 3.6, f"Goodput over load{_of(workload)}", source)
     axes = figure.subplots()
+    rates = sorted({run.rate for run in runs})
+    axes.plot(rates, rates, color=GREY, linewidth=1, label="all that are asked for")
     _lines(axes, runs, [run.number("request_goodput") for run in runs])
-    axes.set_xlabel("requests/s asked for")
+    _mark_rates(axes, runs)
     axes.set_ylabel(f"requests/s within {_limits(runs)}")
     axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
+from fly_jax.bench.prompts import RandomPrompts
+from fly_jax.bench.random_streams import Stream, generator
 from fly_jax.bench.requests import PlannedRequest
 from fly_jax.errors import ConfigError
 
@@ -62,10 +64,10 @@ class RandomLengths:
             inputs -= 1
         return cls(inputs, output_len, range_ratio)
 
-    def draw(self, generator: np.random.Generator, count: int) -> tuple[list[int], list[int]]:
+    def draw(self, random: np.random.Generator, count: int) -> tuple[list[int], list[int]]:
         """Lengths of ``count`` prompts and outputs."""
         inputs, outputs = (
-            generator.integers(*_range(middle, self.range_ratio), size=count, endpoint=True).tolist()
+            random.integers(*_range(middle, self.range_ratio), size=count, endpoint=True).tolist()
             for middle in (self.input_len, self.output_len)
         )
         return inputs, outputs
@@ -90,20 +92,19 @@ def random_requests(
     """
     if vocab_size <= FIRST_RANDOM_ID:
         raise ConfigError(f"--vocab-size must be above {FIRST_RANDOM_ID}, got {vocab_size}")
-    generator = np.random.default_rng(seed)
-    inputs, outputs = lengths.draw(generator, len(times))
+    inputs, outputs = lengths.draw(generator(seed, Stream.LENGTHS), len(times))
+    prompts = RandomPrompts(seed, vocab_size)
     return [
         PlannedRequest(
             at=at,
-            prompt=_words(generator, prompt_tokens)
-            if as_text
-            else tuple(generator.integers(FIRST_RANDOM_ID, vocab_size, prompt_tokens).tolist()),
+            prompt=_words(seed, number, prompt_tokens) if as_text else prompts.prompt(number, prompt_tokens),
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
-        for at, prompt_tokens, max_tokens in zip(times, inputs, outputs, strict=True)
+        for number, (at, prompt_tokens, max_tokens) in enumerate(zip(times, inputs, outputs, strict=True))
     ]
 
 
-def _words(generator: np.random.Generator, count: int) -> str:
-    return " ".join(WORDS[index] for index in generator.integers(0, len(WORDS), count))
+def _words(seed: int, number: int, count: int) -> str:
+    drawn = generator(seed, Stream.PROMPT, number).integers(0, len(WORDS), count)
+    return " ".join(WORDS[index] for index in drawn)

@@ -45,12 +45,17 @@ def _devices() -> dict[str, Any]:
 
 
 def save(folder: Path, name: str, result: dict[str, Any], *, of_devices: bool = True) -> Path:
-    """Writes ``name.json``, what the result says before where it comes from, and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """:func:`write` to ``name.json`` in a folder, whose path is returned."""
     path = folder / f"{name}.json"
-    text = json.dumps({**provenance(of_devices=of_devices), **result}, indent=1)
-    path.write_text(_LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+    write(path, result, of_devices=of_devices)
     return path
+
+
+def write(path: Path, result: dict[str, Any], *, of_devices: bool = True) -> None:
+    """Writes a result with its provenance; what the result says itself goes before that."""
+    text = json.dumps({**provenance(of_devices=of_devices), **result}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -45,6 +45,8 @@ class ServeRun:
     Attributes:
         workload: ``random``, or what ``workloads.plan`` takes.
         request_rate: None: not given.
+        base_url: of a running server, without a slash at the end.
+        metadata: of the user's own, for the result file.
     """
 
     workload: str
@@ -55,7 +57,9 @@ class ServeRun:
     shown: tuple[str, ...]
     percentiles: tuple[float, ...]
     server_arguments: list[str]
+    base_url: str
     endpoint: str
+    metadata: dict[str, str]
 
     @property
     def sets_times(self) -> bool:
@@ -81,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
     report(load, len(planned))
     print(table(result, checked.shown, checked.percentiles))
     if options.save_result or options.save_detailed:
-        _say(f"saved as {_save(options, result)}")
+        # A word of the user's does not go over a figure.
+        _say(f"saved as {_save(options, {**checked.metadata, **result})}")
     if load.sent.interrupted:
         return 130
     return 0 if result["completed"] else 1
@@ -111,18 +116,34 @@ def check(options: argparse.Namespace) -> ServeRun:
     arrival_times(0, _or(options.request_rate, math.inf), options.burstiness, options.seed, ramp_up)
     RandomLengths(_or(options.random_input_len, 1), _or(options.random_output_len, 1), options.random_range_ratio)
     endpoint = options.endpoint or (CHAT_COMPLETIONS if options.backend == "openai-chat" else COMPLETIONS)
-    Target(options.base_url, "", endpoint)
+    base_url = options.base_url or f"http://{_bracketed(options.host)}:{options.port}"
+    Target(base_url, "", endpoint)
     return ServeRun(
         workload=options.workload or options.dataset_name or RANDOM,
         request_rate=options.request_rate,
         ramp_up=ramp_up,
-        load=LoadOptions(options.max_concurrency, show_progress=not options.disable_tqdm),
+        load=LoadOptions(options.max_concurrency, options.num_warmups, show_progress=not options.disable_tqdm),
         goodput=parse_goodput(options.goodput),
         shown=tuple(one_of("--percentile-metrics", each, LATENCIES) for each in options.percentile_metrics.split(",")),
         percentiles=tuple(_percentile(each) for each in options.metric_percentiles.split(",")),
         server_arguments=split_server_arguments(options.server_args),
+        base_url=base_url.rstrip("/"),
         endpoint=endpoint,
+        metadata=_metadata(options.metadata),
     )
+
+
+def _bracketed(host: str) -> str:
+    """As URLs write it: an IPv6 address has colons of its own."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _metadata(given: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    for text, (key, equals, _) in zip(given, pairs, strict=True):
+        if not (key and equals):
+            raise ConfigError(f"--metadata takes KEY=VALUE, got {text!r}")
+    return {key: value for key, _, value in pairs}
 
 
 def plan(
@@ -222,7 +243,7 @@ def serving(options: argparse.Namespace, checked: ServeRun) -> Iterator[Server]:
         ConfigError: it cannot be had.
     """
     if options.self_hosted is None:
-        yield _server(options, checked, options.base_url.rstrip("/"))
+        yield _server(options, checked, checked.base_url)
         return
     # A folder that is none is found here and not by a server that takes seconds to say so.
     vocab_size(options.self_hosted)

@@ -55,11 +55,13 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_server(group: argparse._ArgumentGroup) -> None:
     where = group.add_mutually_exclusive_group()
     where.add_argument(
-        "--base-url", default="http://127.0.0.1:8000", help="a running server, without a path (default: %(default)s)"
+        "--base-url", help="a running server, without a path (default: http://HOST:PORT of the next two)"
     )
     where.add_argument(
         "--self-hosted", type=Path, metavar="MODEL_DIR", help="start 'fly-jax serve MODEL_DIR' for the run instead"
     )
+    group.add_argument("--host", default="127.0.0.1", help="of a running server (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="of a running server (default: %(default)s)")
     group.add_argument(
         "--server-args",
         default="",
@@ -119,6 +121,12 @@ def _add_schedule(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--max-concurrency", type=int, help="requests in flight at most (default: no bound)")
     group.add_argument(
+        "--num-warmups",
+        type=int,
+        default=0,
+        help="the first so many requests are sent before the run as well, and not counted (default: %(default)s)",
+    )
+    group.add_argument(
         "--ramp-up-strategy", choices=RAMP_UP_STRATEGIES, help="let the rate go from one to another over the run"
     )
     group.add_argument("--ramp-up-start-rps", type=float, help="requests a second at the first request")
@@ -139,6 +147,9 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
         help="latencies in the table, of ttft,tpot,itl,e2el; the file has all (default: %(default)s)",
     )
     group.add_argument("--metric-percentiles", default="99", help="such as 50,99.9 (default: %(default)s)")
+    group.add_argument(
+        "--metadata", nargs="+", default=[], metavar="KEY=VALUE", help="write these into the file, such as gpu=h200"
+    )
     group.add_argument("--save-detailed", action="store_true", help="write the generated texts as well")
     group.add_argument("--result-filename", help="(default: from the backend, the rate, the model and the time)")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress")

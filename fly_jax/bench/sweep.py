@@ -241,7 +241,7 @@ def _save(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[st
     of_devices = options.self_hosted is not None
     # The server has its own number of devices, which every layout fills.
     devices = {"num_devices": sum(map(int, rows[0]["layout"].split("+")))} if of_devices and rows else {}
-    result = {"workload": checked.workload, "seed": options.seed, **devices, "runs": list(rows)}
+    result = {**checked.metadata, "workload": checked.workload, "seed": options.seed, **devices, "runs": list(rows)}
     path = results.save(options.result_dir, name, result, of_devices=of_devices)
     _say(f"saved as {path}")
     found = pictures.of_sweep({**results.provenance(of_devices=of_devices), **result})

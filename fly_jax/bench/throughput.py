@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fly_jax.bench import offline
+from fly_jax.bench import offline, results
 
 # Untimed requests, a device: they touch what the first requests of an engine or of a layout find cold.
 WARMUP_PROMPTS_A_DEVICE = 2
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output_json is not None:
         settings = {"input_len": options.input_len, "output_len": options.output_len, "seed": options.seed}
         written = offline.result(options, settings, [asdict(row) for row in rows])
-        offline.save(options.output_json, written)
+        results.write(options.output_json, written)
         print(f"written to {options.output_json}")
     return 0
 

@@ -14,6 +14,7 @@ import pytest
 
 from fly_jax.bench import latency, offline, throughput
 from fly_jax.bench.__main__ import main
+from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.outputs import FinishReason, RequestOutput, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
@@ -98,7 +99,7 @@ def test_requests_are_random_ids_of_the_length_asked_for_and_go_on_past_the_end(
     _, prompts, params = llm.calls[-1]
     assert {len(prompt) for prompt in prompts} == {128}
     ids = {token for prompt in prompts for token in prompt}
-    assert ids == set(range(offline.FIRST_TOKEN_ID, VOCABULARY))
+    assert ids == set(range(FIRST_RANDOM_ID, VOCABULARY))
     assert (params.max_tokens, params.ignore_eos) == (9, True)
 
 

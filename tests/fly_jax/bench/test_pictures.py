@@ -27,8 +27,8 @@ def drawn(figure: Figure | None) -> list[Axes]:
     return figure.axes
 
 
-def tick_labels(axes: Axes) -> list[str]:
-    return [each.get_text() for each in axes.get_yticklabels()]
+def tick_labels(axes: Axes, which: str = "y") -> list[str]:
+    return [each.get_text() for each in (axes.yaxis if which == "y" else axes.xaxis).get_ticklabels()]
 
 
 def texts(figure: Figure) -> str:
@@ -98,9 +98,24 @@ def test_goodput_over_several_loads_is_a_line_a_layout() -> None:
     sweep = sweep_result(RATES)
     (axes,) = drawn(pictures.of_sweep(sweep)["goodput"])
     lines = {str(line.get_label()): line for line in axes.get_lines()}
-    assert list(lines) == ["1+1+1+1", "2+2", "4", "auto, migrate"]
+    assert list(lines) == ["all that are asked for", "1+1+1+1", "2+2", "4", "auto, migrate"]
+    assert list(lines["all that are asked for"].get_ydata()) == list(RATES)
+    assert tick_labels(axes, "x") == ["1", "2", "8"]
     pinned = [run for run in sweep["runs"] if (run["layout"], run["policy"]) == ("4", "static")]
     assert list(lines["4"].get_ydata()) == [run["request_goodput"] for run in pinned]
+
+
+def test_goodput_says_what_the_limits_are_if_the_file_does() -> None:
+    def words(sweep: dict[str, Any]) -> list[str]:
+        (axes,) = drawn(pictures.of_sweep(sweep)["goodput"])
+        return [axes.get_ylabel(), *axes.get_legend_handles_labels()[1]]
+
+    for rates, before in (((4.0,), ""), (RATES, "requests/s ")):
+        sweep = sweep_result(rates)
+        assert f"{before}within the limits" in words(sweep)
+        for run in sweep["runs"]:
+            run["goodput_limits_ms"] = {"ttft": 500.0, "tpot": 37.5}
+        assert f"{before}within TTFT 500 ms, TPOT 37.5 ms" in words(sweep)
 
 
 def test_without_limits_there_is_no_goodput() -> None:

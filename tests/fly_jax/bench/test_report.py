@@ -163,6 +163,10 @@ def test_a_sweep_is_compared_run_by_run() -> None:
     assert (rows[3]["switches"], rows[3]["worst stall ms"], rows[3]["schedule lag p99 ms"]) == ("2", "48", "1.5")
     assert dict(zip(table.headings, table.numeric, strict=True))["TTFT p99 ms"]
     assert not table.numeric[0]
+    assert table.title == "Runs"
+    for run in sweep["runs"]:
+        run["goodput_limits_ms"] = {"ttft": 500.0}
+    assert tables_of(ResultFile("x.json", Kind.SWEEP, sweep))[0].title == "Runs; goodput: TTFT 500 ms"
 
 
 def test_switches_are_shown_by_their_medians() -> None:

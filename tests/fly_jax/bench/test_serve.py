@@ -58,6 +58,24 @@ def test_a_run_prints_its_table_and_saves_its_figures(
     assert "device_kind" not in found  # this machine's need not be the server's
 
 
+def test_warm_ups_are_sent_first_and_not_counted_and_words_of_the_user_s_are_kept(tmp_path: Path) -> None:
+    requests: list[bytes] = []
+    with null_server(requests.append) as url:
+        given = ["serve", "--port", url.rpartition(":")[2], "--num-prompts", "4", "--random-input-len", "5"]
+        given += ["--num-warmups", "3", "--metadata", "gpu=none", "completed=0", "--save-result"]
+        assert main([*given, "--result-dir", str(tmp_path)]) == 0
+    assert requests.count(b"/v1/completions") == 7
+    [path] = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert (found["completed"], found["gpu"], len(found["ttfts"])) == (4, "none", 4)
+
+
+def test_a_warm_up_that_fails_ends_the_run(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["serve", "--base-url", url, "--endpoint", "/other/completions", "--num-prompts", "3"]
+    assert main([*given, "--num-warmups", "2", "--random-input-len", "5"]) == 2
+    assert "2 of 2 warm-up requests failed: HTTP 404" in capsys.readouterr().err
+
+
 def test_the_default_file_name_is_like_vllm_s(url: str, tmp_path: Path) -> None:
     given = ["serve", "--base-url", url, "--num-prompts", "2", "--random-input-len", "5", "--max-concurrency", "1"]
     assert main([*given, "--save-result", "--result-dir", str(tmp_path)]) == 0
@@ -132,6 +150,8 @@ def test_the_vocabulary_is_that_of_the_folder_to_serve() -> None:
         (["--request-rate", "nan"], "--request-rate must be positive"),
         (["--burstiness", "0"], "--burstiness must be a positive number, got 0"),
         (["--max-concurrency", "0"], "--max-concurrency must be at least 1, got 0"),
+        (["--num-warmups", "-1"], "--num-warmups must be at least 0, got -1"),
+        (["--metadata", "gpu=h200", "h200"], "--metadata takes KEY=VALUE, got 'h200'"),
         (["--ramp-up-strategy", "linear"], "a ramp needs all of"),
         (["--ramp-up-start-rps", "1"], "a ramp needs all of"),
         (["--goodput", "ttft=5"], "--goodput takes NAME:MILLISECONDS"),
@@ -151,6 +171,8 @@ def test_the_vocabulary_is_that_of_the_folder_to_serve() -> None:
         (["--self-hosted", "/none"], "is /none a model folder?"),
         (["--workload", "burst", "--dataset-name", "sharegpt"], "both say what is sent"),
         (["--base-url", "http://127.0.0.1:9"], "does not list its models"),
+        (["--port", "9"], "http://127.0.0.1:9 does not list its models"),
+        (["--host", "::1", "--port", "9"], "http://[::1]:9 does not list its models"),
     ],
 )
 def test_nonsense_is_one_line(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

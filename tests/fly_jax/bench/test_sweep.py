@@ -12,7 +12,7 @@ import pytest
 
 from fly_jax.bench.__main__ import main
 from fly_jax.bench.requests import PlannedRequest
-from fly_jax.bench.sweep import at_rate, static_layouts
+from fly_jax.bench.sweep import AUTO, STATIC, Configuration, at_rate, static_layouts, within_widths
 
 
 def test_every_mix_of_degrees_is_named_once() -> None:
@@ -28,6 +28,21 @@ def test_twice_the_rate_is_half_the_time_for_the_same_requests() -> None:
     faster = at_rate(planned, 2.0)
     assert [request.at for request in faster] == [0.0, 0.5, 1.5]
     assert [request.prompt for request in faster] == [request.prompt for request in planned]
+
+
+def test_a_pinned_layout_is_not_asked_for_widths_that_it_has_not() -> None:
+    planned = [PlannedRequest(0.0, (1, 2), 2, 3, tensor_parallel_size=width) for width in (None, 1, 2, 4)]
+    for layout, policy, widths in (
+        ("1+1+1+1", STATIC, [None, 1, None, None]),
+        ("2+1+1", STATIC, [None, 1, 2, None]),
+        ("4", STATIC, [None, 1, 2, 4]),
+        ("1+1+1+1", AUTO, [None, 1, 2, 4]),
+    ):
+        sent, narrowed = within_widths(planned, Configuration(layout, policy, None))
+        assert [request.tensor_parallel_size for request in sent] == widths
+        assert narrowed == sum(
+            before.tensor_parallel_size != after for before, after in zip(planned, widths, strict=True)
+        )
 
 
 class ScriptedServer(BaseHTTPRequestHandler):
@@ -94,12 +109,17 @@ def test_every_configuration_gets_the_same_requests_and_the_first_layout_comes_b
     url, asked = server
     arguments = f"sweep --base-url {url} --num-prompts 3 --random-input-len 5 --random-output-len 2 --seed 1"
     places = ["--save-result", "--result-dir", str(tmp_path), "--rate-scales", "1", "2", "--disable-tqdm"]
+    places += ["--goodput", "ttft:60000", "--layouts", "dp4", "2+1+1", "2+2", "tp4"]
     assert main([*arguments.split(), *places]) == 0
     result = json.loads((tmp_path / "sweep-random.json").read_text())
     runs = [(run["configuration"], run["rate_scale"], run["completed"]) for run in result["runs"]]
     names = ("1+1+1+1", "2+2", "4", "auto")
     assert runs == [(name, scale, 3) for name in names for scale in (1.0, 2.0)]
     assert "left out 2+1+1: no group 2 here" in capsys.readouterr().err
+    for run in result["runs"]:
+        assert len(run["start_times"]) == len(run["ttfts"]) == 3
+        assert "itls" not in run
+        assert (run["error_counts"], run["goodput_limits_ms"]) == ({}, {"ttft": 60000.0})
     layouts = [body for body in asked if "policy" in body]
     assert layouts[-1] == {"layout": "2+2", "policy": "static"}
     assert {"layout": "1+1+1+1", "policy": "auto"} in layouts

@@ -39,13 +39,13 @@ def test_every_strategy_is_measured_side_by_side(
     migrate, sequential = by_strategy["migrate"], by_strategy["sequential"]
     hard, soft = by_strategy["hard_preempt"], by_strategy["soft_preempt"]
     assert (migrate["drain_ms"], migrate["tokens_recomputed"]) == (0, 0)
-    assert migrate["requests_moved"] >= 2  # the first stream may have ended
+    assert migrate["requests_moved"] >= 1  # of three: on a busy machine the first two may have ended
     assert migrate["kv_bytes_moved"] > 0
     assert sequential["drain_ms"] > 0
     assert soft["drain_ms"] > 0
     assert sequential["kv_bytes_moved"] == soft["kv_bytes_moved"] == 0
     assert (hard["drain_ms"], hard["tokens_recomputed"]) == (0, 0)
-    assert hard["requests_paused"] >= 2
+    assert hard["requests_paused"] >= 1
 
 
 @pytest.mark.parametrize(
