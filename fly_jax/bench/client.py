@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,12 @@ CHAT_COMPLETIONS = "/v1/chat/completions"
 ENDPOINTS = (COMPLETIONS, CHAT_COMPLETIONS)
 INTERRUPTED = "the run was interrupted"
 CONNECT_SECONDS = 60
+# As in ``vllm bench serve``: longer than any answer takes, so that a server that hangs does not hold a run for ever.
+REQUEST_SECONDS = 6 * 3600
 # Servers close idle connections, uvicorn after 5 s; one that is closed just when it is used again fails the request.
 KEEP_ALIVE_SECONDS = 2
 LONGEST_MESSAGE = 500
+_COUNTS = {"prompt_tokens", "completion_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,14 @@ class Target:
     """Where requests go, and what all of them say.
 
     Attributes:
-        base_url: of the server, without a path.
+        base_url: of the server; a path in it goes before those of the endpoints.
         model: name of the model in the requests.
         endpoint: one of ``ENDPOINTS``, or another path that ends like one of them.
         api_key: sent as a bearer token.
         ignore_eos: generate on after an end token; an extra of vLLM and of fly-jax.
         temperature: 0 is greedy.
+        extra_headers: of every request; they go before those of this client.
+        extra_body: fields of every request; they go before those of this client.
     """
 
     base_url: str
@@ -45,12 +50,17 @@ class Target:
     api_key: str | None = field(default=None, repr=False)
     ignore_eos: bool = False
     temperature: float = 0.0
+    extra_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ConfigError(f"--base-url must start with http:// or https://, got {self.base_url!r}")
         if not self.endpoint.startswith("/") or not self.endpoint.endswith("completions"):
             raise ConfigError(f"--endpoint must be {' or '.join(ENDPOINTS)}, got {self.endpoint!r}")
+
+    def url(self, path: str) -> str:
+        return self.base_url.rstrip("/") + path
 
     @property
     def is_chat(self) -> bool:
@@ -59,7 +69,8 @@ class Target:
     @property
     def headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return headers if self.api_key is None else {**headers, "Authorization": f"Bearer {self.api_key}"}
+        authorization = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        return {**headers, **authorization, **self.extra_headers}
 
 
 class StreamFailed(Exception):
@@ -99,7 +110,7 @@ class StreamedAnswer:
         try:
             event = json.loads(payload)
             if (error := event.get("error")) is not None:
-                raise StreamFailed(error["message"] if isinstance(error, dict) else str(error))
+                raise StreamFailed(_message_of(error))
             if usage := event.get("usage"):
                 self.usage = usage
             if choices := event.get("choices"):
@@ -111,6 +122,8 @@ class StreamedAnswer:
         ends = choice.get("finish_reason") is not None
         delta = choice.get("delta")
         text = choice.get("text") if delta is None else delta.get("content")
+        if not isinstance(text, str | None):
+            raise TypeError(f"text is a {type(text).__name__}")
         if not (text or ends) and delta is not None and delta.get("role"):
             return
         self.complete = self.complete or ends
@@ -130,11 +143,10 @@ class StreamingClient:
         self._target = target
         self._clock = clock
         self._session = aiohttp.ClientSession(
-            target.base_url.rstrip("/"),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=target.headers,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS),
         )
 
     async def __aenter__(self) -> StreamingClient:
@@ -171,7 +183,7 @@ class StreamingClient:
             body["priority"] = planned.priority
         if planned.tensor_parallel_size is not None:
             body["tensor_parallel_size"] = planned.tensor_parallel_size
-        return json.dumps(body, separators=(",", ":")).encode()
+        return json.dumps({**body, **target.extra_body}, separators=(",", ":")).encode()
 
     async def send(self, planned: PlannedRequest, body: bytes) -> RequestRecord:
         """Sends a body and reads the answer; whatever goes wrong, a cancellation too, becomes the record's error."""
@@ -193,13 +205,14 @@ class StreamingClient:
             token_times=tuple(answer.token_times),
             ended_at=ended_at,
             prompt_tokens=_count(answer.usage, "prompt_tokens", planned.prompt_tokens),
-            output_tokens=_count(answer.usage, "completion_tokens", len(answer.token_times)),
+            output_tokens=_count(answer.usage, "completion_tokens", max(len(answer.pieces), bool(answer.token_times))),
             text="".join(answer.pieces),
             error=error,
+            has_usage=answer.usage.keys() >= _COUNTS,
         )
 
     async def _read(self, body: bytes, answer: StreamedAnswer) -> None:
-        async with self._session.post(self._target.endpoint, data=body) as response:
+        async with self._session.post(self._target.url(self._target.endpoint), data=body) as response:
             if response.status != 200:
                 raise StreamFailed(f"HTTP {response.status}: {_shortened(await response.read())}")
             async for data in response.content.iter_any():
@@ -212,11 +225,18 @@ class StreamingClient:
     async def get_json(self, path: str, timeout: float) -> dict[str, Any] | None:
         """An object that the server serves; None if it serves none there, or not in time (seconds)."""
         try:
-            async with self._session.get(path, timeout=aiohttp.ClientTimeout(total=timeout)) as response:
+            url, limit = self._target.url(path), aiohttp.ClientTimeout(total=timeout)
+            async with self._session.get(url, timeout=limit) as response:
                 answer = await response.json() if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return None
         return answer if isinstance(answer, dict) else None
+
+
+def _message_of(error: object) -> str:
+    """Never empty, which would say that there was none."""
+    said = error.get("message") if isinstance(error, dict) else error
+    return _shortened(str(said or error or "an error without a message").encode())
 
 
 def _count(usage: dict[str, Any], name: str, otherwise: int) -> int:

@@ -143,13 +143,18 @@ async def send_all(
             slots.release()
 
     interrupted = False
+    blocked_until = 0.0
     try:
         for request in prepared:
             await clock.sleep_until(request.planned.at)
-            waiting_since = clock.now()
+            # Requests behind one that waits for a slot wait as well.
+            blocked = max(0.0, blocked_until - request.planned.at)
             if slots is not None:
+                waiting_since = clock.now()
                 await slots.acquire()
-            waits.append(clock.now() - waiting_since)
+                blocked_until = clock.now()
+                blocked += blocked_until - waiting_since
+            waits.append(blocked)
             task = asyncio.create_task(sender.send(request.planned, request.body))
             task.add_done_callback(ended)
             tasks.append(task)

@@ -10,6 +10,7 @@ Requests that failed count in no latency and no token total, only in ``failed``.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ def latency_figures(records: Sequence[RequestRecord], percentiles: Sequence[floa
         figures[f"median_{name}_ms"] = float(np.median(sample))
         figures[f"std_{name}_ms"] = float(sample.std())
         for percentile in percentiles:
-            figures[f"p{percentile:g}_{name}_ms"] = float(np.percentile(sample, percentile))
+            figures[f"p{percent_text(percentile)}_{name}_ms"] = float(np.percentile(sample, percentile))
     return figures
 
 
@@ -127,11 +128,16 @@ def peaks(records: Sequence[RequestRecord]) -> Peaks:
     return Peaks(float(np.bincount(seconds).max()), max(in_flight))
 
 
+def percent_text(percentile: float) -> str:
+    """``99`` or ``99.9``, as in ``vllm bench serve``; every digit counts, or 99.99999 would be 100."""
+    return str(int(percentile)) if percentile == int(percentile) else str(percentile)
+
+
 def parse_goodput(given: Sequence[str]) -> dict[str, float]:
     """Limits in milliseconds from words such as ``ttft:200``.
 
     Raises:
-        ConfigError: a word has another form, an unknown name or a limit that is not positive.
+        ConfigError: a word has another form, an unknown name or a limit that is not a positive number.
     """
     limits = {}
     for word in given:
@@ -140,7 +146,7 @@ def parse_goodput(given: Sequence[str]) -> dict[str, float]:
             limits[name] = float(limit)
         except ValueError:
             limits[name] = 0.0
-        if name not in LIMITED or not limits[name] > 0:
+        if name not in LIMITED or not 0 < limits[name] < math.inf:
             known = ", ".join(LIMITED)
             raise ConfigError(f"--goodput takes NAME:MILLISECONDS with a name of {known}, got {word!r}")
     return limits

@@ -85,14 +85,18 @@ def _read_phase(fields: Fields, *, only: bool) -> Phase:
     return phase
 
 
-def planned_arrivals(arrivals: Arrivals, seed: int, at_most: int | None = None) -> list[Arrival]:
-    """The arrivals of a seed, in order; fewer of them are the first of more."""
-    limits = [each for each in (arrivals.requests, at_most) if each is not None]
+def planned_arrivals(arrivals: Arrivals, seed: int, requests: int | None = None) -> list[Arrival]:
+    """The arrivals of a seed, in order; fewer of them are the first of more.
+
+    Args:
+        requests: in the place of the workload's own number; its seconds still end it.
+    """
+    limit = arrivals.requests if requests is None else requests
     end = math.inf if arrivals.seconds is None else arrivals.seconds
     before_end = itertools.takewhile(
         lambda arrival: arrival.at < end, _arrive(arrivals.phases, arrivals.burstiness, end, seed)
     )
-    return list(itertools.islice(before_end, min(limits)) if limits else before_end)
+    return list(itertools.islice(before_end, limit))
 
 
 def _arrive(phases: Sequence[Phase], burstiness: float, end: float, seed: int) -> Iterator[Arrival]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from fly_jax.errors import ConfigError
 
 # Tokenizers keep their special tokens among the first ids.
 FIRST_RANDOM_ID = 10
+# Of servers that do not say how much their model holds.
+UNKNOWN_LEN = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,10 @@ class PlanLimits:
     """Limits of a plan.
 
     Attributes:
-        max_model_len: tokens that a request may have in all, prompt and output.
-        num_prompts: at most this many requests; None: all that the workload has.
+        max_model_len: tokens that a request may have in all, prompt and output; ``UNKNOWN_LEN``: nobody said.
+        num_prompts: this many requests, as far as the workload lasts; None: as many as it says.
         vocab_size: random token ids are drawn from ``[FIRST_RANDOM_ID, vocab_size)``.
+        as_text: the endpoint takes no token ids, so random prompts are words.
 
     Raises:
         ConfigError: a limit leaves no room for a request.
@@ -26,6 +30,7 @@ class PlanLimits:
     max_model_len: int
     num_prompts: int | None
     vocab_size: int
+    as_text: bool = False
 
     def __post_init__(self) -> None:
         if self.max_model_len < 2:

@@ -14,14 +14,6 @@ from fly_jax.bench.random_streams import Stream, generator
 from fly_jax.bench.requests import PlannedRequest
 from fly_jax.errors import ConfigError
 
-# For endpoints that take no token ids; each is about one token for the tokenizers of most models.
-WORDS = (
-    "the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "his", "they", "at", "be", "this",
-    "have", "from", "or", "one", "had", "by", "word", "but", "not", "what", "all", "were", "we", "when", "your", "can",
-    "said", "there", "use", "an", "each", "which", "she", "do", "how", "their", "if", "will", "up", "other", "about",
-    "out", "many", "then", "them", "these", "so", "some", "her", "would", "make", "like", "him", "into", "time",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class RandomLengths:
@@ -93,18 +85,13 @@ def random_requests(
     if vocab_size <= FIRST_RANDOM_ID:
         raise ConfigError(f"--vocab-size must be above {FIRST_RANDOM_ID}, got {vocab_size}")
     inputs, outputs = lengths.draw(generator(seed, Stream.LENGTHS), len(times))
-    prompts = RandomPrompts(seed, vocab_size)
+    prompts = RandomPrompts(seed, vocab_size, as_text=as_text)
     return [
         PlannedRequest(
             at=at,
-            prompt=_words(seed, number, prompt_tokens) if as_text else prompts.prompt(number, prompt_tokens),
+            prompt=prompts.prompt(number, prompt_tokens),
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
         for number, (at, prompt_tokens, max_tokens) in enumerate(zip(times, inputs, outputs, strict=True))
     ]
-
-
-def _words(seed: int, number: int, count: int) -> str:
-    drawn = generator(seed, Stream.PROMPT, number).integers(0, len(WORDS), count)
-    return " ".join(WORDS[index] for index in drawn)

@@ -39,6 +39,7 @@ class RequestRecord:
         prompt_tokens, output_tokens: from the server's usage; where it gives none, the plan's and the pieces counted.
         text: what was generated.
         error: empty if the request was answered.
+        has_usage: the token counts are the server's.
     """
 
     planned: PlannedRequest
@@ -49,3 +50,4 @@ class RequestRecord:
     output_tokens: int
     text: str = ""
     error: str = ""
+    has_usage: bool = True

@@ -9,12 +9,14 @@ from types import ModuleType
 
 from fly_jax.bench import results
 from fly_jax.bench.arrivals import RAMP_UP_STRATEGIES
+from fly_jax.bench.workload_files import KINDS, RANDOM, known_workloads
 from fly_jax.errors import ConfigError
 
 DESCRIPTION = (
     "Sends requests to an OpenAI-compatible server on a schedule and prints how long they took: the time to the first "
     "token (TTFT), the time for each further token (TPOT), gaps between tokens (ITL), the whole request (E2EL). "
-    "Metrics, options and result keys are those of 'vllm bench serve'. Try: python -m fly_jax.bench serve "
+    "Metrics and result keys are those of 'vllm bench serve', and options that do the same have the same names. "
+    "Try: python -m fly_jax.bench serve "
     "--self-hosted checkpoints/demo/model --num-prompts 50 --request-rate 5"
 )
 BACKENDS = ("openai", "vllm", "openai-chat")
@@ -68,23 +70,39 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
         metavar="ARGS",
         help="its further arguments, as one: --server-args='--devices 4 --layout 2+2'",
     )
-    group.add_argument("--model", help="name in the requests (default: the first that the server lists)")
+    group.add_argument(
+        "--model", "--served-model-name", help="name in the requests (default: the first that the server lists)"
+    )
     group.add_argument(
         "--backend", choices=BACKENDS, default="openai", help="openai-chat sends chats (default: %(default)s)"
     )
     group.add_argument("--endpoint", help="path (default: /v1/completions, or /v1/chat/completions for openai-chat)")
-    group.add_argument("--api-key", help="key that the server asks for (default: $FLY_JAX_API_KEY)")
+    group.add_argument(
+        "--api-key", help="key that the server asks for (default: $FLY_JAX_API_KEY, or else $OPENAI_API_KEY)"
+    )
+    group.add_argument("--header", nargs="+", default=[], metavar="KEY=VALUE", help="of every request")
+    group.add_argument(
+        "--extra-body", default="{}", metavar="JSON", help="fields of every request, such as '{\"top_p\": 0.9}'"
+    )
+    group.add_argument(
+        "--max-model-len", type=int, help="tokens that the model holds (default: what the server says, or no limit)"
+    )
 
 
 def _add_workload(group: argparse._ArgumentGroup) -> None:
+    known = known_workloads()
     group.add_argument(
-        "--dataset-name", help="random, or the name of a dataset that --dataset-path is of (default: random)"
+        "--workload",
+        metavar="NAME_OR_PATH",
+        help=f"a workload, which has its own times: a TOML file, or one of bench/workloads ({', '.join(known)})",
     )
-    group.add_argument("--dataset-path", type=Path, help="file of the dataset")
-    group.add_argument("--workload", metavar="NAME_OR_PATH", help="a workload file, which has its own times")
     group.add_argument(
-        "--num-prompts", type=int, help="requests (default: 1000; of a workload or a dataset: all it has)"
+        "--dataset-name",
+        help="prompts and lengths, sent at --request-rate: random (with the options below), or, with --dataset-path, "
+        f"any of {', '.join(kind for kind in KINDS if kind != RANDOM)} (default: random)",
     )
+    group.add_argument("--dataset-path", type=Path, help="file of the dataset, or of the trace that a workload replays")
+    group.add_argument("--num-prompts", type=int, help="requests (default: 1000; of a workload: as many as it says)")
     group.add_argument(
         "--random-input-len", type=int, help="prompt tokens (default: 1024, or fewer if the model holds fewer)"
     )
@@ -103,7 +121,9 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
         help="random token ids are below it (default: from the folder of --self-hosted, else 1000)",
     )
     group.add_argument(
-        "--ignore-eos", action="store_true", help="generate the whole output length, past end tokens too"
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        help="generate the whole output length, past end tokens too (default: yes, except for sharegpt's real text)",
     )
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of prompts, lengths and times (default: %(default)s)")
@@ -150,6 +170,7 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--metadata", nargs="+", default=[], metavar="KEY=VALUE", help="write these into the file, such as gpu=h200"
     )
+    group.add_argument("--label", help="at the beginning of the file's name (default: the backend)")
     group.add_argument("--save-detailed", action="store_true", help="write the generated texts as well")
     group.add_argument("--result-filename", help="(default: from the backend, the rate, the model and the time)")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress")

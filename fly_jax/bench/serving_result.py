@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fly_jax.bench import metrics
+from fly_jax.bench.arrivals import RampUp
 from fly_jax.bench.load import LoadResult
 from fly_jax.bench.requests import RequestRecord
 
@@ -35,7 +36,10 @@ class RunFacts:
         request_rate: requests a second asked for; infinite: all at once.
         workload: name of what was sent.
         goodput: limits in milliseconds by latency.
+        ramp_up: which then sets the rate of each request.
         percentiles: to compute besides those that every result has.
+        clipped, skipped: requests and entries of the workload, as its plan counts them.
+        label: the user's name for the run.
     """
 
     backend: str
@@ -46,7 +50,11 @@ class RunFacts:
     burstiness: float = 1.0
     max_concurrency: int | None = None
     goodput: Mapping[str, float] = field(default_factory=dict)
+    ramp_up: RampUp | None = None
     percentiles: tuple[float, ...] = ()
+    clipped: int = 0
+    skipped: int = 0
+    label: str | None = None
 
 
 def build_result(load: LoadResult, facts: RunFacts, *, detailed: bool = False) -> dict[str, Any]:
@@ -59,19 +67,25 @@ def build_result(load: LoadResult, facts: RunFacts, *, detailed: bool = False) -
     percentiles = sorted({*metrics.PERCENTILES, *facts.percentiles})
     counted = metrics.throughput(records, load.duration, facts.goodput)
     result: dict[str, Any] = {
+        "endpoint_type": facts.backend,
         "backend": facts.backend,
+        "label": facts.label,
         "model_id": facts.model_id,
         "tokenizer_id": facts.model_id,
         "num_prompts": len(records),
         "request_rate": facts.request_rate if math.isfinite(facts.request_rate) else "inf",
         "burstiness": facts.burstiness,
         "max_concurrency": facts.max_concurrency,
+        **_of_ramp(facts.ramp_up),
         "workload": facts.workload,
+        "clipped_requests": facts.clipped,
+        "skipped_entries": facts.skipped,
         "seed": facts.seed,
         "goodput_limits_ms": dict(facts.goodput),
         "interrupted": load.sent.interrupted,
         "duration": load.duration,
         **dataclasses.asdict(counted),
+        "without_usage": sum(not record.has_usage for record in metrics.answered_among(records)),
         **dataclasses.asdict(metrics.peaks(records)),
         **metrics.latency_figures(records, percentiles),
         **_of_layouts(load),
@@ -82,6 +96,10 @@ def build_result(load: LoadResult, facts: RunFacts, *, detailed: bool = False) -
     if detailed:
         result["generated_texts"] = [record.text for record in records]
     return result
+
+
+def _of_ramp(ramp_up: RampUp | None) -> dict[str, Any]:
+    return {} if ramp_up is None else {f"ramp_up_{key}": each for key, each in dataclasses.asdict(ramp_up).items()}
 
 
 def _of_layouts(load: LoadResult) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fly_jax.bench.metrics import percent_text
+
 WIDTH = 50
 HEADINGS = {
     "ttft": ("TTFT", "Time to First Token"),
@@ -44,7 +46,8 @@ def table(result: dict[str, Any], shown: Sequence[str], percentiles: Sequence[fl
         lines.append(title.center(WIDTH, "-"))
         lines.append(_line(f"Mean {short} (ms):", result[f"mean_{name}_ms"]))
         lines.append(_line(f"Median {short} (ms):", result[f"median_{name}_ms"]))
-        lines += [_line(f"P{each:g} {short} (ms):", result[f"p{each:g}_{name}_ms"]) for each in percentiles]
+        for percent in map(percent_text, percentiles):
+            lines.append(_line(f"P{percent} {short} (ms):", result[f"p{percent}_{name}_ms"]))
     if result["layout_timeline"]:
         lines.append("Layouts".center(WIDTH, "-"))
         lines.append(_line("First layout:", result["layout_timeline"][0]["layout"]))

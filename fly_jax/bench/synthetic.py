@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fly_jax.bench.phases import planned_arrivals, read_arrivals
-from fly_jax.bench.plan_limits import PlanLimits
+from fly_jax.bench.plan_limits import UNKNOWN_LEN, PlanLimits
 from fly_jax.bench.prompts import RandomPrompts
 from fly_jax.bench.random_streams import Stream, generator
 from fly_jax.bench.requests import PlannedRequest
@@ -87,7 +87,9 @@ def plan_synthetic(fields: Fields, limits: PlanLimits, seed: int) -> WorkloadPla
     """Requests of a mix that arrive in phases; the tag of a request is ``phase/kind``, or the one there is."""
     arrivals, mix = read_arrivals(fields), read_mix(fields)
     fields.finish()
-    prompts = RandomPrompts(seed, limits.vocab_size)
+    if limits.max_model_len == UNKNOWN_LEN and any(kind.input_fraction is not None for kind in mix):
+        raise fields.error("input_fraction is of the model's context, and the server does not say it: --max-model-len")
+    prompts = RandomPrompts(seed, limits.vocab_size, as_text=limits.as_text)
     shares = np.cumsum([kind.share for kind in mix])
     drafted = []
     for number, arrival in enumerate(planned_arrivals(arrivals, seed, limits.num_prompts)):

@@ -9,6 +9,9 @@ import fly_jax
 from fly_jax.bench.workload_fields import Fields
 from fly_jax.errors import ConfigError
 
+# What a workload can be of: its key ``kind``. One that is not random has a dataset.
+RANDOM, SHAREGPT, AZURE, BURSTGPT, MOONCAKE = KINDS = ("random", "sharegpt", "azure", "burstgpt", "mooncake")
+
 
 def workloads_folder() -> Path:
     """``bench/workloads`` of the source checkout that this package lies in; other installations have none."""

@@ -55,8 +55,8 @@ class WorkloadPlan:
 
     requests: tuple[PlannedRequest, ...]
     max_model_len: int
-    clipped: int
-    skipped: int
+    clipped: int = 0
+    skipped: int = 0
 
     @property
     def prompt_tokens(self) -> int:

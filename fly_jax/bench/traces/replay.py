@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fly_jax.bench.plan_limits import PlanLimits
-from fly_jax.bench.prompts import RandomPrompts
+from fly_jax.bench.prompts import Prompt, RandomPrompts
 from fly_jax.bench.requests import PlannedRequest
 from fly_jax.bench.traces.rows import TraceRow
 from fly_jax.bench.workload_fields import Fields
@@ -67,7 +67,7 @@ def plan_trace(fields: Fields, dataset: Path, read_rows: ReadRows, limits: PlanL
     """
     replay = read_replay(fields)
     fields.finish()
-    prompts = RandomPrompts(seed, limits.vocab_size)
+    prompts = RandomPrompts(seed, limits.vocab_size, as_text=limits.as_text)
     drafted: list[Drafted] = []
     skipped = 0
     for offset, row in _window(read_rows(dataset), dataset, replay):
@@ -93,7 +93,7 @@ def plan_trace(fields: Fields, dataset: Path, read_rows: ReadRows, limits: PlanL
     return gather(drafted, skipped, limits.max_model_len)
 
 
-def _prompt(prompts: RandomPrompts, row: TraceRow, tokens: int, scale: float) -> tuple[int, ...]:
+def _prompt(prompts: RandomPrompts, row: TraceRow, tokens: int, scale: float) -> Prompt:
     return prompts.of_blocks(row.hash_ids, tokens, scale) if row.hash_ids else prompts.prompt(row.line, tokens)
 
 

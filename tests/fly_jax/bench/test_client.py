@@ -65,7 +65,11 @@ def test_an_answer_becomes_times_text_and_the_server_s_own_counts() -> None:
 
 def test_without_usage_the_plan_and_the_pieces_are_counted() -> None:
     record, _ = ask(stream(piece("a"), piece("b", "stop"), DONE))
-    assert (record.prompt_tokens, record.output_tokens) == (3, 2)
+    assert (record.prompt_tokens, record.output_tokens, record.has_usage) == (3, 2, False)
+    record, _ = ask(stream(piece("a"), piece("b"), piece("", "stop"), DONE))
+    assert (record.output_tokens, len(record.token_times)) == (2, 3)
+    record, _ = ask(stream(piece("a"), piece("b", "stop"), usage(9, 2), DONE))
+    assert (record.prompt_tokens, record.output_tokens, record.has_usage) == (9, 2, True)
 
 
 def test_what_a_request_asks_for_is_sent_only_where_it_says_something() -> None:
@@ -75,6 +79,17 @@ def test_what_a_request_asks_for_is_sent_only_where_it_says_something() -> None:
         0
     ].items()
     assert server.headers[0]["authorization"] == "Bearer secret"
+
+
+def test_fields_and_headers_of_the_user_s_go_before_the_client_s() -> None:
+    extra = {"extra_body": {"top_p": 0.5, "temperature": 1}, "extra_headers": {"X-Tenant": "a", "Authorization": "b"}}
+    _, server = ask(stream(piece("a", "stop"), DONE), api_key="secret", **extra)
+    assert {"top_p": 0.5, "temperature": 1, "stream": True}.items() <= server.bodies[0].items()
+    assert (server.headers[0]["x-tenant"], server.headers[0]["authorization"]) == ("a", "b")
+
+
+def test_a_path_of_the_server_goes_before_that_of_the_endpoint() -> None:
+    assert Target("http://localhost/api/", "m").url("/v1/completions") == "http://localhost/api/v1/completions"
 
 
 def test_a_chat_sends_a_message_and_its_opening_is_no_output() -> None:
@@ -109,6 +124,9 @@ def test_bytes_may_be_cut_anywhere_and_lines_may_end_like_windows_lines() -> Non
     [
         (plain("503 Service Unavailable", b'{"error": "queue is\nfull"}'), 'HTTP 503: {"error": "queue is full"}', 0),
         (stream(piece("a"), event({"error": {"message": "lost it", "code": 500}}), DONE), "lost it", 1),
+        (stream(event({"error": {"message": ""}}), DONE), "{'message': ''}", 0),
+        (stream(event({"error": "line\none" + "x" * 900}), DONE), "line one" + "x" * 400, 0),
+        (stream(event({"choices": [{"index": 0, "text": ["a"]}]})), "not a chunk of a completion", 0),
         (stream(piece("a"), b"data: {nonsense\n\n"), "not a chunk of a completion: {nonsense", 1),
         (stream(event([1])), "not a chunk of a completion: [1]", 0),
         (stream(piece("a"), piece("b")), "the stream ended before the answer did", 2),

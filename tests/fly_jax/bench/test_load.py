@@ -103,9 +103,9 @@ def test_waiting_for_a_slot_is_no_lateness() -> None:
             clock.time += 5.0
             return record
 
-    sent = asyncio.run(send_all(prepared([0.0, 0.0]), Slow(clock), clock, max_concurrency=1))
-    assert [record.sent_at for record in sent.records] == [0.0, 5.0]
-    assert sent.lags == (0.0, 0.0)
+    sent = asyncio.run(send_all(prepared([0.0, 0.0, 1.0, 2.0, 17.0]), Slow(clock), clock, max_concurrency=1))
+    assert [record.sent_at for record in sent.records] == [0.0, 5.0, 10.0, 15.0, 22.0]
+    assert sent.lags == (0.0,) * 5
 
 
 def test_a_bound_that_nothing_reaches_sends_all_together() -> None:

@@ -39,8 +39,8 @@ def test_gaps_have_the_mean_of_the_rate_and_the_spread_of_the_burstiness(burstin
 
 def test_arrivals_end_at_the_first_limit() -> None:
     assert len(planned_arrivals(_constant(10, requests=7), seed=0)) == 7
-    assert len(planned_arrivals(_constant(10, requests=7), seed=0, at_most=3)) == 3
-    assert len(planned_arrivals(_constant(10, requests=7), seed=0, at_most=9)) == 7
+    assert len(planned_arrivals(_constant(10, requests=7), seed=0, requests=3)) == 3
+    assert len(planned_arrivals(_constant(10, requests=7), seed=0, requests=9)) == 9
     timed = planned_arrivals(_constant(10, seconds=50), seed=0)
     assert 400 < len(timed) < 600
     assert 49 < timed[-1].at < 50

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from checkpoints.demo import MODEL
-from fly_jax.bench import serve
-from fly_jax.bench.__main__ import main
+from fly_jax.bench.__main__ import main, parse
 from fly_jax.bench.requests import PlannedRequest
+from fly_jax.bench.serve_plan import plan
+from fly_jax.bench.serve_run import check
 from fly_jax.bench.served_model import ServedModel
 from fly_jax.errors import ConfigError
 from tests.fly_jax.bench.null_server import TOKENS, null_server
+from tests.fly_jax.bench.workload_builders import write_azure, write_sharegpt
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +30,8 @@ def url() -> Iterator[str]:
 
 def planned(given: list[str], max_model_len: int | None) -> list[PlannedRequest]:
     """What these options plan for a model of that length."""
-    from fly_jax.bench.__main__ import parse
-
     options = parse(["serve", *given])
-    return serve.plan(options, serve.check(options), ServedModel("m", max_model_len))
+    return list(plan(options, check(options), ServedModel("m", max_model_len)).requests)
 
 
 def test_a_run_prints_its_table_and_saves_its_figures(
@@ -132,6 +132,84 @@ def test_what_is_given_and_does_not_fit_is_refused_with_both_values() -> None:
         planned(["--random-input-len", "1000", "--random-output-len", "128"], 1024)
 
 
+def test_a_workload_has_its_own_times_and_a_dataset_those_of_the_rate(tmp_path: Path) -> None:
+    workload = planned(["--workload", "random"], 1024)
+    assert (len(workload), workload[-1].at > 30) == (200, True)
+    assert len(planned(["--workload", "random", "--num-prompts", "300"], 1024)) == 300
+    assert {request.at for request in planned(["--workload", "random", "--request-rate", "inf"], 1024)} == {0.0}
+    azure = write_azure(tmp_path, [("18:00:00", 40, 5), ("18:00:30", 50, 6)])
+    given = ["--dataset-path", str(azure)]
+    assert [request.at for request in planned(["--workload", "azure", *given], 1024)] == [0.0, 30.0]
+    assert [request.at for request in planned(["--dataset-name", "azure", *given], 1024)] == [0.0, 0.0]
+    assert planned(["--dataset-name", "azure", "--request-rate", "4", *given], 1024)[-1].at == pytest.approx(0.5)
+
+
+def test_what_does_not_fit_the_model_is_said_and_saved(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    azure = write_azure(tmp_path, [("18:00:00", 4000, 5), ("18:00:00", 50, 6), ("18:00:00", 9, 0)])
+    given = ["serve", "--base-url", url, "--dataset-name", "azure", "--dataset-path", str(azure), "--save-result"]
+    assert main([*given, "--max-model-len", "512", "--result-dir", str(tmp_path), "--result-filename", "run"]) == 0
+    assert "1 clipped to 512 tokens, 1 entries without a prompt or an output skipped" in capsys.readouterr().err
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert (found["completed"], found["clipped_requests"], found["skipped_entries"]) == (2, 1, 1)
+
+
+def test_fractions_of_an_unknown_context_are_refused_and_a_given_one_is_used() -> None:
+    with pytest.raises(ConfigError, match="the server does not say it: --max-model-len"):
+        planned(["--workload", "long_context"], None)
+    requests = planned(["--workload", "long_context", "--max-model-len", "2000"], None)
+    assert 1500 <= max(request.prompt_tokens for request in requests) <= 1800
+
+
+@pytest.mark.parametrize(
+    ("given", "past_end"),
+    [
+        ([], True),
+        (["--no-ignore-eos"], False),
+        (["--workload", "burst"], True),
+        (["--dataset-name", "sharegpt"], False),
+        (["--dataset-name", "sharegpt", "--ignore-eos"], True),
+    ],
+)
+def test_made_up_text_is_generated_to_its_length_and_real_text_to_its_end(
+    given: list[str], past_end: bool, tmp_path: Path
+) -> None:
+    if "sharegpt" in given:
+        given = [*given, "--dataset-path", str(write_sharegpt(tmp_path, [[("human", "a"), ("gpt", "b")]]))]
+    assert check(parse(["serve", *given])).ignore_eos is past_end
+
+
+def test_every_workload_can_be_sent_as_text() -> None:
+    options = parse(["serve", "--workload", "random", "--backend", "openai-chat", "--num-prompts", "3"])
+    requests = plan(options, check(options), ServedModel("m", 1024), as_text=True).requests
+    for request in requests:
+        assert isinstance(request.prompt, str)
+        assert len(request.prompt.split(" ")) == request.prompt_tokens
+
+
+def test_a_ramp_is_recorded_with_the_keys_of_vllm(url: str, tmp_path: Path) -> None:
+    given = [
+        "serve",
+        "--base-url",
+        url,
+        "--num-prompts",
+        "4",
+        "--random-input-len",
+        "5",
+        "--ramp-up-strategy",
+        "linear",
+    ]
+    given += ["--ramp-up-start-rps", "200", "--ramp-up-end-rps", "400", "--backend", "vllm", "--label", "mine"]
+    assert main([*given, "--save-result", "--result-dir", str(tmp_path)]) == 0
+    [path] = tmp_path.iterdir()
+    assert path.name.startswith("mine-infqps-null-20")
+    found = json.loads(path.read_text())
+    assert (found["backend"], found["endpoint_type"], found["request_rate"]) == ("vllm", "vllm", "inf")
+    ramp = [found[f"ramp_up_{key}"] for key in ("strategy", "start_rps", "end_rps")]
+    assert ramp == ["linear", 200.0, 400.0]
+
+
 def test_a_seed_repeats_the_whole_plan() -> None:
     given = ["--num-prompts", "20", "--request-rate", "5", "--random-range-ratio", "0.3", "--seed"]
     assert planned([*given, "1"], 512) == planned([*given, "1"], 512) != planned([*given, "2"], 512)
@@ -152,6 +230,21 @@ def test_the_vocabulary_is_that_of_the_folder_to_serve() -> None:
         (["--max-concurrency", "0"], "--max-concurrency must be at least 1, got 0"),
         (["--num-warmups", "-1"], "--num-warmups must be at least 0, got -1"),
         (["--metadata", "gpu=h200", "h200"], "--metadata takes KEY=VALUE, got 'h200'"),
+        (["--header", "=x"], "--header takes KEY=VALUE, got '=x'"),
+        (["--extra-body", "[1]"], "--extra-body must be a JSON object, got '[1]'"),
+        (["--extra-body", "{"], "--extra-body is not JSON"),
+        (["--goodput", "ttft:inf"], "--goodput takes NAME:MILLISECONDS"),
+        (["--max-model-len", "0"], "--max-model-len must be at least 1, got 0"),
+        (["--dataset-path", "/none"], "random prompts take no --dataset-path, got /none"),
+        (
+            ["--dataset-name", "foo"],
+            "--dataset-name must be one of random, sharegpt, azure, burstgpt, mooncake, got",
+        ),
+        (["--workload", "bursts"], "no workload 'bursts'"),
+        (["--workload", "azure"], "is of the azure format: give a file of it with --dataset-path"),
+        (["--workload", "azure", "--dataset-path", "/none.csv"], "cannot read the dataset /none.csv"),
+        (["--workload", "ramp", "--dataset-path", "/none.csv"], "takes no --dataset-path, got /none.csv"),
+        (["--save-result", "--result-dir", "/dev/null/x"], "/dev/null is a file"),
         (["--ramp-up-strategy", "linear"], "a ramp needs all of"),
         (["--ramp-up-start-rps", "1"], "a ramp needs all of"),
         (["--goodput", "ttft=5"], "--goodput takes NAME:MILLISECONDS"),
@@ -188,6 +281,16 @@ def test_options_that_do_not_exist_are_one_line(given: list[str], capsys: pytest
         main(["serve", *given])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_server_without_a_list_of_models_is_believed_to_have_the_one_that_is_named(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["serve", "--base-url", f"{url}/nowhere/", "--num-prompts", "2", "--random-input-len", "5"]
+    assert main(given) == 2
+    assert "or give --model" in capsys.readouterr().err
+    assert main([*given, "--model", "m"]) == 1
+    assert "2 requests failed: HTTP 404" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_served_is_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:

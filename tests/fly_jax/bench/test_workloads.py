@@ -12,7 +12,7 @@ import pytest
 from fly_jax.bench.plan_limits import PlanLimits
 from fly_jax.bench.workload_files import known_workloads, workloads_folder
 from fly_jax.bench.workload_plan import WorkloadPlan
-from fly_jax.bench.workloads import plan, plan_in_full
+from fly_jax.bench.workloads import kind_of, plan
 from fly_jax.errors import ConfigError
 from tests.fly_jax.bench.workload_builders import (
     LIMITS,
@@ -40,7 +40,7 @@ def _dataset(folder: Path, name: str) -> Path:
 
 
 def _shipped(name: str, limits: PlanLimits, seed: int = 0) -> WorkloadPlan:
-    return plan_in_full(name, dataset_path=None, limits=limits, seed=seed)
+    return plan(name, dataset_path=None, limits=limits, seed=seed)
 
 
 def test_every_shipped_workload_is_tested_here_and_described() -> None:
@@ -62,10 +62,10 @@ def test_shipped_workloads_that_are_made_up_can_be_planned(name: str) -> None:
 @pytest.mark.parametrize("name", TRACES)
 def test_shipped_traces_can_be_planned_from_a_small_file(name: str, tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, name)
-    planned = plan_in_full(name, dataset_path=dataset, limits=LIMITS, seed=0)
+    planned = plan(name, dataset_path=dataset, limits=LIMITS, seed=0)
     assert len(planned.requests) == 2
     assert planned.clipped == planned.skipped == 0
-    assert planned == plan_in_full(name, dataset_path=dataset, limits=LIMITS, seed=0)
+    assert planned == plan(name, dataset_path=dataset, limits=LIMITS, seed=0)
 
 
 @pytest.mark.parametrize("name", [name for name in MADE_UP if name != "burst"])
@@ -123,12 +123,33 @@ def test_the_long_contexts_are_near_the_limit_and_few() -> None:
     assert all(each.prompt_tokens <= 256 for each in requests if each.tag == "short")
 
 
-def test_a_plan_is_a_list_of_at_most_so_many_requests(tmp_path: Path) -> None:
+def test_a_plan_is_of_as_many_requests_as_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(RANDOM)
-    requests = plan(str(path), dataset_path=None, limits=replace(LIMITS, num_prompts=3), seed=0)
-    assert isinstance(requests, list)
-    assert requests == list(plan_text(tmp_path, RANDOM).requests[:3])
+    whole = plan_text(tmp_path, RANDOM).requests
+    for number in (3, 30):
+        requests = plan(str(path), dataset_path=None, limits=replace(LIMITS, num_prompts=number), seed=0).requests
+        assert len(requests) == number
+        assert requests[:20] == whole[:number]
+
+
+def test_the_kind_of_a_workload_is_known_without_planning_it(tmp_path: Path) -> None:
+    assert kind_of("burst", None) == "random"
+    assert kind_of("sharegpt", write_sharegpt(tmp_path, [])) == "sharegpt"
+    with pytest.raises(ConfigError, match="cannot read the dataset"):
+        kind_of("azure", tmp_path)
+
+
+def test_prompts_of_words_share_blocks_as_those_of_ids_do(tmp_path: Path) -> None:
+    dataset = write_mooncake(tmp_path, [(0, 600, 5, [0, 1]), (1000, 700, 6, [0, 2])])
+    limits = replace(LIMITS, as_text=True)
+    first, second = (each.prompt for each in plan("mooncake", dataset_path=dataset, limits=limits, seed=0).requests)
+    assert isinstance(first, str)
+    assert isinstance(second, str)
+    words = [text.split(" ") for text in (first, second)]
+    assert [len(each) for each in words] == [600, 700]
+    assert words[0][:512] == words[1][:512]
+    assert words[0][512:] != words[1][512:600]
 
 
 @pytest.mark.parametrize("name", ["bursts", "no/such/file", "no_such.toml", "", ".", "burst/"])
@@ -144,7 +165,7 @@ def test_an_unknown_workload_is_refused_with_the_known_names(name: str) -> None:
         ("kind = 3", "kind must be a string, got 3"),
         ('kind = "poisson"', "kind must be one of random, sharegpt, azure, burstgpt, mooncake, got 'poisson'"),
         ('kind = "random', "is not TOML: "),
-        ('kind = "azure"', "replays a trace of the azure format: give its file with --dataset-path"),
+        ('kind = "azure"', "is of the azure format: give a file of it with --dataset-path"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fly_jax.bench.plan_limits import PlanLimits
 from fly_jax.bench.workload_plan import WorkloadPlan
-from fly_jax.bench.workloads import plan_in_full
+from fly_jax.bench.workloads import plan
 
 LIMITS = PlanLimits(max_model_len=1024, num_prompts=None, vocab_size=1472)
 
@@ -24,7 +24,7 @@ def plan_text(
     """The plan of a workload file with this text."""
     path = folder / "workload.toml"
     path.write_text(text)
-    return plan_in_full(str(path), dataset_path=dataset, limits=limits, seed=seed)
+    return plan(str(path), dataset_path=dataset, limits=limits, seed=seed)
 
 
 def write_azure(folder: Path, rows: Sequence[tuple[str, int, int]]) -> Path:
