@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
+from fly_jax.bench import results
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
 from fly_jax.bench.prompts import RandomPrompts
@@ -24,10 +26,14 @@ from fly_jax.platform import DEFAULT_DEVICES, configure_devices
 from fly_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from fly_jax.models.config import ModelConfig
 
 Prompts = list[tuple[int, ...]]
 LEAST_BATCHED_TOKENS = 512
+# The exit code of a command that Ctrl-C has ended.
+INTERRUPTED = 130
 
 
 class OfflineEngine(Protocol):
@@ -61,20 +67,29 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, input_len: int, out
     """The options of both commands, under vLLM's names."""
     parser.add_argument("--model", type=Path, help="model folder (default: the bundled demo model)")
     parser.add_argument(
-        "--devices", type=int, default=DEFAULT_DEVICES, help="on CPU that many virtual ones (default: %(default)s)"
-    )
+        "--devices", type=int, default=DEFAULT_DEVICES,
+        help="devices of the engine; on CPU that many virtual ones (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--layout", nargs="+", metavar="LAYOUT",
-        help="measure in each of these, such as 1+1+1+1 2+2 4; one engine switches between them (default: narrowest)",
+        help="layouts to measure in, one after another in one engine: 1+1+1+1 2+2 4 are four groups of one device, two "
+        "of two and one of four (default: the narrowest groups that hold the model)",
     )  # fmt: skip
     parser.add_argument("--input-len", type=int, default=input_len, help="tokens of each prompt (default: %(default)s)")
     parser.add_argument(
         "--output-len", type=int, default=output_len, help="tokens of each answer (default: %(default)s)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's)")
-    parser.add_argument("--attention-backend", choices=ATTENTION_BACKENDS, default="auto", help="(default: auto)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of sampling (default: %(default)s)")
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's (default: auto)")
+    parser.add_argument(
+        "--attention-backend", choices=ATTENTION_BACKENDS, default="auto",
+        help="pallas: our GPU kernels; xla: plain JAX (default: auto, which is pallas on a GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the prompts and of sampling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-json", type=Path, metavar="FILE", help="write the figures to this file, which 'report' can show"
+    )
 
 
 def check(options: argparse.Namespace, at_least_one: Sequence[str], at_least_zero: Sequence[str] = ()) -> None:
@@ -102,6 +117,45 @@ def _require(options: argparse.Namespace, name: str, least: int) -> None:
     if getattr(options, name) < least:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{flag} must be at least {least}, got {getattr(options, name)}")
+
+
+def was_interrupted(options: argparse.Namespace, max_num_seqs: int, measure: Callable[[OfflineEngine], None]) -> bool:
+    """Loads the engine and measures; Ctrl-C ends that and leaves what ``measure`` has put away so far.
+
+    Raises:
+        ConfigError, LayoutError, CheckpointError, ModelTooLargeError: as :func:`loaded_engine`.
+        FlyJaxError: a request did not complete.
+    """
+    try:
+        with loaded_engine(options, max_num_seqs) as llm:
+            measure(llm)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def finish(
+    options: argparse.Namespace,
+    settings: Sequence[str],
+    rows: Sequence[DataclassInstance],
+    interrupted: bool,
+) -> int:
+    """Writes the figures, if that is asked for and there are any, and says what an interrupted run lacks.
+
+    Args:
+        settings: names of the options that belong to the figures.
+
+    Returns:
+        0; 130 if the run was interrupted.
+    """
+    if options.output_json is not None and rows:
+        said = {name: getattr(options, name) for name in settings} | {"interrupted": interrupted}
+        results.write(options.output_json, result(options, said, [asdict(row) for row in rows]))
+        print(f"written to {options.output_json}")
+    if interrupted:
+        layouts = max(1, len(options.layout))
+        print(f"interrupted: there are figures of {len(rows)} of {layouts} layouts", file=sys.stderr)
+    return INTERRUPTED if interrupted else 0
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fly_jax.bench import offline, results
+from fly_jax.bench import offline
 
 # Untimed requests, a device: they touch what the first requests of an engine or of a layout find cold.
 WARMUP_PROMPTS_A_DEVICE = 2
+# Options that a result file has.
+SETTINGS = ("input_len", "output_len", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,48 +43,57 @@ class Throughput:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Gives the engine all requests at once, in this process and without HTTP, and measures how long it takes. "
-        "Prompts are random token ids, answers go on past the end-of-sequence token."
+        "Gives the engine all requests at once, in this process and without a server, and prints how many requests and "
+        "tokens a second it completes in each layout. Prompts are random token ids, and every answer has its whole "
+        "length. Try: python -m fly_jax.bench throughput --layout 1+1+1+1 2+2 4"
     )
     parser.set_defaults(command=run)
     offline.add_engine_arguments(parser, input_len=128, output_len=64)
-    parser.add_argument("--num-prompts", type=int, default=128, help="requests a layout (default: %(default)s)")
+    parser.add_argument(
+        "--num-prompts", type=int, default=128, help="timed requests in each layout (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-num-seqs", type=int, default=32,
-        help="most requests at once in a group (default: %(default)s)",
+        help="requests that a group works on at once; the others wait (default: %(default)s)",
     )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, prints and writes.
+    """Measures, prints and writes, what there is of it also when Ctrl-C ends it.
+
+    Returns:
+        0; 130 if it was interrupted.
 
     Raises:
         ConfigError, LayoutError: an option is wrong; one line that says what to do.
     """
     offline.check(options, ("num_prompts", "max_num_seqs"))
-    with offline.loaded_engine(options, options.max_num_seqs) as llm:
-        rows = measure(llm, options)
-    _print(rows, options)
-    if options.output_json is not None:
-        settings = {"input_len": options.input_len, "output_len": options.output_len, "seed": options.seed}
-        written = offline.result(options, settings, [asdict(row) for row in rows])
-        results.write(options.output_json, written)
-        print(f"written to {options.output_json}")
-    return 0
+    rows: list[Throughput] = []
+    interrupted = offline.was_interrupted(options, options.max_num_seqs, partial(measure, options=options, rows=rows))
+    if rows:
+        _print(rows, options)
+    return offline.finish(options, SETTINGS, rows, interrupted)
 
 
-def measure(llm: offline.OfflineEngine, options: argparse.Namespace) -> list[Throughput]:
-    """One row a layout."""
+def measure(llm: offline.OfflineEngine, options: argparse.Namespace, rows: list[Throughput]) -> None:
+    """Appends one row a layout, each as soon as it is known, and says on standard error what runs.
+
+    No bar moves with the requests: drawing it would take time from the engine, which runs in the same process.
+    """
     prompts = offline.PromptSource(options.seed, llm.model_config.vocab_size, options.input_len)
-    rows = []
-    for here in offline.each_layout(llm, options):
+    layouts = max(1, len(options.layout))
+    for number, here in enumerate(offline.each_layout(llm, options), 1):
         warmup = prompts.take(WARMUP_PROMPTS_A_DEVICE * options.devices)
+        print(
+            f"layout {number} of {layouts}, {here.layout}: {options.num_prompts} requests, and {len(warmup)} before "
+            "that are not timed",
+            file=sys.stderr,
+        )
         offline.timed_generate(llm, warmup, options.output_len)
         elapsed, outputs = offline.timed_generate(llm, prompts.take(options.num_prompts), options.output_len)
         of_prompts = sum(len(each.prompt_token_ids) for each in outputs)
         of_answers = sum(len(each.token_ids) for each in outputs)
         rows.append(throughput(here, elapsed, len(outputs), of_prompts, of_answers))
-    return rows
 
 
 def throughput(here: offline.InLayout, elapsed: float, requests: int, of_prompts: int, of_answers: int) -> Throughput:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +25,22 @@ VOCABULARY = 50
 
 
 class FakeLLM:
-    """Answers at once with as many tokens as asked for, and remembers what it was asked."""
+    """Answers at once with as many tokens as asked for, and remembers what it was asked.
 
-    def __init__(self, layout: str, finish: FinishReason = FinishReason.LENGTH) -> None:
-        self.layout, self.finish = layout, finish
+    Args:
+        interrupted_at: the number of the call, from 0, that Ctrl-C ends.
+    """
+
+    def __init__(
+        self, layout: str, finish: FinishReason = FinishReason.LENGTH, interrupted_at: int | None = None
+    ) -> None:
+        self.layout, self.finish, self.interrupted_at = layout, finish, interrupted_at
         self.model_config: Any = SimpleNamespace(vocab_size=VOCABULARY)
         self.calls: list[tuple[str, list[tuple[int, ...]], SamplingParams]] = []
 
     def generate(self, prompts: list[tuple[int, ...]], params: SamplingParams) -> list[RequestOutput]:
+        if len(self.calls) == self.interrupted_at:
+            raise KeyboardInterrupt
         self.calls.append((self.layout, prompts, params))
         assert params.max_tokens is not None
         answer, error = (7,) * params.max_tokens, "no room" if self.finish is FinishReason.ERROR else None
@@ -52,10 +62,27 @@ def options_of(command: Any, *given: str) -> argparse.Namespace:
     return options
 
 
+def measured(command: Any, llm: FakeLLM, options: argparse.Namespace) -> list[Any]:
+    rows: list[Any] = []
+    command.measure(llm, options, rows)
+    return rows
+
+
+def run_on(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
+    """The command line, with this engine in place of one of a model."""
+
+    @contextmanager
+    def loaded(*_: object) -> Iterator[FakeLLM]:
+        yield llm
+
+    monkeypatch.setattr(offline, "loaded_engine", loaded)
+    return main(given)
+
+
 def test_throughput_measures_every_layout_with_one_engine() -> None:
     given = ["--layout", "dp4", "2+2", "tp4", "--num-prompts", "6", "--input-len", "5", "--output-len", "3"]
     llm = FakeLLM("1+1+1+1")
-    rows = throughput.measure(llm, options_of(throughput, *given))
+    rows = measured(throughput, llm, options_of(throughput, *given))
     assert [row.layout for row in rows] == ["1+1+1+1", "2+2", "4"]
     assert [row.switch_ms is None for row in rows] == [True, False, False]
     for row in rows:
@@ -79,7 +106,7 @@ def test_rates_are_of_all_tokens_and_of_answers() -> None:
 def test_latency_leaves_the_warmup_out() -> None:
     given = ["--layout", "4", "1+1+1+1", "--batch-size", "3", "--num-iters-warmup", "2", "--num-iters", "4"]
     llm = FakeLLM("4")
-    rows = latency.measure(llm, options_of(latency, *given))
+    rows = measured(latency, llm, options_of(latency, *given))
     assert [row.layout for row in rows] == ["4", "1+1+1+1"]
     assert [len(row.latencies) for row in rows] == [4, 4]
     assert [(layout, len(prompts)) for layout, prompts, _ in llm.calls] == [("4", 3)] * 6 + [("1+1+1+1", 3)] * 6
@@ -95,7 +122,7 @@ def test_latency_has_the_mean_and_interpolated_percentiles() -> None:
 
 def test_requests_are_random_ids_of_the_length_asked_for_and_go_on_past_the_end() -> None:
     llm = FakeLLM("4")
-    throughput.measure(llm, options_of(throughput, "--layout", "4", "--num-prompts", "200", "--output-len", "9"))
+    measured(throughput, llm, options_of(throughput, "--layout", "4", "--num-prompts", "200", "--output-len", "9"))
     _, prompts, params = llm.calls[-1]
     assert {len(prompt) for prompt in prompts} == {128}
     ids = {token for prompt in prompts for token in prompt}
@@ -116,9 +143,63 @@ def test_a_seed_gives_the_same_prompts_and_no_prompt_comes_twice() -> None:
 def test_a_request_that_fails_ends_the_run_with_its_reason() -> None:
     options = options_of(throughput, "--layout", "4", "--num-prompts", "5")
     with pytest.raises(FlyJaxError, match=r"8 of 8 requests did not complete, the first: no room"):
-        throughput.measure(FakeLLM("4", FinishReason.ERROR), options)
+        measured(throughput, FakeLLM("4", FinishReason.ERROR), options)
     with pytest.raises(FlyJaxError, match=r"the first: 64 of 64 tokens, stop"):
-        throughput.measure(FakeLLM("4", FinishReason.STOP), options)
+        measured(throughput, FakeLLM("4", FinishReason.STOP), options)
+
+
+def test_throughput_says_which_layout_runs_and_what_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_on(FakeLLM("1+1"), monkeypatch, "throughput", "--devices", "2", "--layout", "dp2", "2") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "layout 1 of 2, 1+1: 128 requests, and 4 before that are not timed",
+        "layout 2 of 2, 2: 128 requests, and 4 before that are not timed",
+    ]
+
+
+def test_ctrl_c_prints_and_saves_the_layouts_that_throughput_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "part.json"
+    given = ["throughput", "--layout", "1+1+1+1", "2+2", "4", "--output-json", str(path)]
+    # Two calls a layout: the sixth is the third layout's that counts.
+    assert run_on(FakeLLM("1+1+1+1", interrupted_at=5), monkeypatch, *given) == 130
+    found = json.loads(path.read_text())
+    assert found["interrupted"]
+    assert [row["layout"] for row in found["rows"]] == ["1+1+1+1", "2+2"]
+    printed = capsys.readouterr()
+    assert "2+2" in printed.out
+    assert "interrupted: there are figures of 2 of 3 layouts" in printed.err
+
+
+def test_ctrl_c_leaves_latency_the_batches_that_have_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "part.json"
+    given = ["latency", "--num-iters-warmup", "2", "--num-iters", "5", "--output-json", str(path)]
+    assert run_on(FakeLLM("1+1+1+1", interrupted_at=5), monkeypatch, *given) == 130
+    found = json.loads(path.read_text())
+    assert (found["interrupted"], len(found["latencies"])) == (True, 3)
+    assert "1+1+1+1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+def test_ctrl_c_before_anything_is_measured_writes_nothing(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "part.json"
+    assert run_on(FakeLLM("4", interrupted_at=0), monkeypatch, command, "--output-json", str(path)) == 130
+    assert not path.exists()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "interrupted: there are figures of 0 of 1 layouts" in printed.err
+
+
+def test_a_whole_run_is_not_called_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "whole.json"
+    assert run_on(FakeLLM("4"), monkeypatch, "throughput", "--output-json", str(path)) == 0
+    assert json.loads(path.read_text())["interrupted"] is False
 
 
 def test_one_layout_has_vllms_keys_at_the_top_and_several_have_rows(tmp_path: Path) -> None:
