@@ -9,6 +9,9 @@ from typing import Any
 
 from fly_jax.errors import ConfigError
 
+# TOML's integers have 64 bits. Python reads longer ones, but neither floats nor arrays can hold them.
+LARGEST_INTEGER = 2**63 - 1
+
 
 class Fields:
     """A table of a TOML file. Whoever has read all fields that there may be calls ``finish``.
@@ -102,7 +105,7 @@ class Fields:
 
     def wrong(self, key: str, meant: str) -> ConfigError:
         """The error of a field that is not what is meant."""
-        return ConfigError(f"{self.file}: {key}{self._where} must be {meant}, got {self._values.get(key)!r}")
+        return ConfigError(f"{self.file}: {key}{self._where} must be {meant}, got {_shown(self._values.get(key))}")
 
     def error(self, message: str) -> ConfigError:
         """An error about this table."""
@@ -113,7 +116,7 @@ class Fields:
         for key, value in self._values.items():
             if key not in self._known:
                 raise ConfigError(
-                    f"{self.file}: unknown key {key}{self._where} (= {value!r}); known ones are "
+                    f"{self.file}: unknown key {key}{self._where} (= {_shown(value)}); known ones are "
                     f"{', '.join(sorted(self._known))}"
                 )
 
@@ -128,12 +131,21 @@ class Fields:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2
+
+
+def _shown(value: object) -> str:
+    """As Python writes it, but integers that are too large, of hundreds of digits perhaps, only in words."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return "an integer of more than 64 bits"
+    return repr(value)

@@ -174,6 +174,31 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> Non
     assert str(tmp_path / "workload.toml") in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RANDOM.replace("rate = 4", "rate = HUGE"), "rate in [[phases]] number 1 must be a number of at least 0, got"),
+        (RANDOM.replace("rate = 4", "rate_range = [1, HUGE]"), "got [1, an integer of more than 64 bits]"),
+        (RANDOM.replace("[8, 16]", "[8, HUGE]"), "got [8, an integer of more than 64 bits]"),
+        (RANDOM.replace("requests = 20", "requests = HUGE"), "requests must be an integer of at least 1, got"),
+        (
+            f"burstiness = -HUGE\n{RANDOM}",
+            "burstiness must be a number of at least 0.01, got an integer of more than 64 bits",
+        ),
+        (f"mine = HUGE\n{RANDOM}", "unknown key mine (= an integer of more than 64 bits)"),
+        ('kind = "random"\nseconds = HUGE', "got an integer of more than 64 bits"),
+    ],
+)
+@pytest.mark.parametrize("huge", [str(2**63), "9" * 400])
+def test_an_integer_that_no_float_or_array_holds_is_refused_in_a_line(
+    tmp_path: Path, text: str, message: str, huge: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        plan_text(tmp_path, text.replace("HUGE", huge))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
 def test_a_dataset_that_nothing_would_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"random.toml makes its requests up and takes no --dataset-path, got .*x.csv"
