@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
+from fly_jax.bench.output_paths import check_folder
 from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError
 from fly_jax.platform import share_gpu_memory
@@ -161,6 +162,8 @@ class _Bench:
         import jax
 
         from fly_jax.bench.attention_work import Heads, torch_on_gpu
+    if options.save_result:
+        check_folder("--result-dir", options.result_dir)
         from kernels_pallas import default_backend
 
         self.options, self.device = options, jax.devices()[0]

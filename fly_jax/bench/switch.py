@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
+from fly_jax.bench.output_paths import check_folder
 from fly_jax.bench.result_files import short_layout
 from fly_jax.cli import STRATEGIES
 from fly_jax.config import EngineConfig
@@ -134,6 +135,8 @@ def run(options: argparse.Namespace) -> int:
 def _cases(options: argparse.Namespace) -> list[Case]:
     strategies = [SwitchStrategy(name) for name in options.strategy or SwitchStrategy]
     if options.switch:
+    if options.save_result:
+        check_folder("--result-dir", options.result_dir)
         pairs = [_pair(text, options.devices) for text in options.switch]
     else:
         pairs = default_pairs(options.devices)

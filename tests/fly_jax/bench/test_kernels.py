@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from fly_jax.bench import kernels
 from fly_jax.bench.__main__ import main
 from fly_jax.bench.attention_work import LAYERS, Heads, Work, random_pool
 from fly_jax.bench.kernels import Row, verdicts
@@ -75,6 +76,22 @@ def test_nonsense_is_refused_in_one_line(
 ) -> None:
     assert main(["kernels", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_measured(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*_: object) -> None:
+        pytest.fail("the device was measured")
+
+    monkeypatch.setattr(kernels, "_Bench", measured)
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / below
+    assert main(["kernels", "--save-result", "--result-dir", str(place)]) == 2
+    error = capsys.readouterr().err
+    assert f"{place} cannot be a folder: name another place" in error
+    assert error.count("\n") == 1
 
 
 def row(kind: str, *, share: float, us: float = 1.0, torch_us: float | None = None, context: int = 8192) -> Row:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fly_jax.bench import switch
 from fly_jax.bench.__main__ import main
 from fly_jax.bench.switch import default_pairs
 from fly_jax.layout import Layout
@@ -64,6 +65,21 @@ def test_wrong_options_are_one_line(given: list[str], message: str, capsys: pyte
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*_: object) -> None:
+        pytest.fail("an engine was started")
+
+    monkeypatch.setattr(switch, "_Bench", measured)
+    (tmp_path / "file").touch()
+    for place in ("/dev/null/x", str(tmp_path / "file"), str(tmp_path / "file" / "deeper")):
+        assert main(["switch", "--devices", "4", "--save-result", "--result-dir", place]) == 2
+        error = capsys.readouterr().err
+        assert f"{place} cannot be a folder: name another place" in error
+        assert error.count("\n") == 1
 
 
 def test_an_unknown_strategy_is_one_line_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
