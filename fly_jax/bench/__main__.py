@@ -1,4 +1,4 @@
-"""The benchmark command line."""
+"""Measures how fast a model is served, and what changing its layout costs. Every command has its own --help."""
 
 from __future__ import annotations
 
@@ -6,10 +6,38 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from fly_jax.bench import kernels, latency, report, serve_options, sweep_options, switch, throughput
 from fly_jax.cli import Parser
 from fly_jax.errors import FlyJaxError
+
+# What one may want to know, and the commands that tell it, each in one line.
+COMMANDS: dict[str, dict[str, tuple[ModuleType, str]]] = {
+    "What do clients see of a server under load?": {
+        "serve": (serve_options, "time to the first token, time between tokens, requests and tokens a second"),
+        "sweep": (sweep_options, "the same load in every layout and with every policy, compared, with pictures"),
+    },
+    "How fast is the engine by itself, without a server?": {
+        "throughput": (throughput, "requests and tokens a second when all requests are there at once"),
+        "latency": (latency, "how long one batch of requests takes from its prompts to its last token"),
+    },
+    "What does one part of it cost?": {
+        "switch": (switch, "what each way of changing the layout costs requests in flight"),
+        "kernels": (kernels, "how near attention comes to what the device can do"),
+    },
+    "How do I show results to others?": {
+        "report": (report, "one HTML page with tables and pictures from result files"),
+    },
+}
+EXAMPLES = """\
+A layout says how devices form groups that share the model: 1+1+1+1 is four groups of one device, 4 one of four.
+'serve' and 'sweep' send random requests, or a workload by its name: bench/workloads/README.md describes them.
+
+To start with, on CPU and with the bundled model:
+  python -m fly_jax.bench throughput --layout 1+1+1+1 4
+  python -m fly_jax.bench serve --self-hosted checkpoints/demo/model --workload burst-demo --save-result
+  python -m fly_jax.bench report bench/results/*.json"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,19 +55,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command line, the command's function among them as ``command``."""
-    parser = Parser(prog="python -m fly_jax.bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module, text in (
-        ("serve", serve_options, "what clients of a server under load see"),
-        ("sweep", sweep_options, "one workload under every layout and policy, with pictures"),
-        ("throughput", throughput, "tokens a second of many requests at once, without a server"),
-        ("latency", latency, "how long one batch takes, without a server"),
-        ("switch", switch, "what each way of changing the layout costs streams in flight"),
-        ("kernels", kernels, "how near attention comes to what the device can do"),
-        ("report", report, "one HTML page with pictures from result files"),
-    ):
-        module.add_arguments(commands.add_parser(name, help=text))
-    return parser.parse_args(arguments)
+    parser = Parser(
+        prog="python -m fly_jax.bench",
+        usage="%(prog)s COMMAND [options]",
+        description=_overview(),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # Without a help of their own here, since argparse would list them once more, and without groups.
+    commands = parser.add_subparsers(
+        required=True, dest="name", metavar="COMMAND", help="one of these", prog=parser.prog
+    )
+    parsers = {}
+    for group in COMMANDS.values():
+        for name, (module, _) in group.items():
+            parsers[name] = commands.add_parser(name)
+            module.add_arguments(parsers[name])
+    # By itself, argparse blames an unknown option on the main parser, whose help does not tell which there are.
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parsers[options.name].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
+def _overview() -> str:
+    """The commands by what one wants to know."""
+    width = max(len(name) for group in COMMANDS.values() for name in group)
+    lines = [str(__doc__)]
+    for question, group in COMMANDS.items():
+        lines += ["", question, *(f"  {name:<{width}}  {text}" for name, (_, text) in group.items())]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -92,25 +92,34 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Times attention over paged KV on one device, as a share of what the device copies (decodes) or multiplies "
-        "(prompts) in the same run, beside jax.nn.dot_product_attention and PyTorch's SDPA on contiguous KV. Without "
-        "a GPU it says so and times the path of plain JAX."
+        "Times attention over a paged KV cache on one device: decodes (one new token a request) as a share of the "
+        "bytes a second that the device copies, prompts (prefill) as a share of the FLOPs of a matrix product, both "
+        "measured in the same run. Beside it stand plain JAX (xla) and, on contiguous keys and values, "
+        "jax.nn.dot_product_attention and PyTorch's SDPA. Without a GPU it says so and times plain JAX. Try: python -m "
+        "fly_jax.bench kernels --contexts 512 --batches 1 --degrees 1"
     )
     parser.set_defaults(command=run)
     for name, default, text in (
-        ("contexts", None, "tokens of a request (default: 512 to 131072; on CPU 512 and 2048)"),
-        ("batches", None, "requests of a decode (default: 1 to 256; on CPU 1 and 8)"),
-        ("degrees", [1, 2, 4, 8], "TP degrees: a device takes its share of the heads (default: 1 2 4 8)"),
+        ("contexts", None, "tokens that a request attends to (default: 512 to 131072; on CPU 512 and 2048)"),
+        ("batches", None, "requests that decode at once (default: 1 to 256; on CPU 1 and 8)"),
+        ("degrees", [1, 2, 4, 8], "sizes of a group (TP): one device's share of the heads is timed (default: 1 2 4 8)"),
     ):
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", default=default, help=text)
-    parser.add_argument("--kv-heads", type=int, default=8, help="of the model (default: %(default)s)")
-    parser.add_argument("--group", type=int, default=4, help="query heads a KV head (default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block at TP 1 (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads of the model (default: %(default)s)")
+    parser.add_argument("--group", type=int, default=4, help="query heads for each KV head (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="size of a head (default: %(default)s)")
     parser.add_argument(
-        "--backend", choices=ATTENTION_BACKENDS, default="auto", help="pallas is interpreted on CPU (default: auto)"
+        "--block-size", type=int, default=16, help="tokens of a KV block at TP 1 (default: %(default)s)"
     )
-    parser.add_argument("--tune", action="store_true", help="time candidates for the kernels' tuning table instead")
+    parser.add_argument(
+        "--backend",
+        choices=ATTENTION_BACKENDS,
+        default="auto",
+        help="pallas: our GPU kernels, which CPUs interpret; xla: plain JAX (default: auto, pallas on a GPU)",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="time settings of the kernels for their tuning table instead (GPU only)"
+    )
     results.add_arguments(parser)
 
 
@@ -153,6 +162,8 @@ def _check(options: argparse.Namespace) -> None:
     for degree in options.degrees:
         if options.kv_heads % degree:
             raise ConfigError(f"--kv-heads {options.kv_heads} cannot be divided among TP {degree}: leave it out")
+    if options.save_result:
+        check_folder("--result-dir", options.result_dir)
 
 
 class _Bench:
@@ -162,8 +173,6 @@ class _Bench:
         import jax
 
         from fly_jax.bench.attention_work import Heads, torch_on_gpu
-    if options.save_result:
-        check_folder("--result-dir", options.result_dir)
         from kernels_pallas import default_backend
 
         self.options, self.device = options, jax.devices()[0]

@@ -25,14 +25,19 @@ CAPTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Turns result files (serve, sweep, switch, kernels, throughput, latency, or any other JSON object) into one "
-        "HTML page that needs no other file and no network: tables, pictures, and where each figure comes from."
+        "HTML page that needs no other file and no network: tables, pictures, and where each figure comes from. Try: "
+        "python -m fly_jax.bench report bench/results/*.json --output report.html"
     )
     parser.set_defaults(command=run)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="in the order of the page")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
-    parser.add_argument("--title", default="Benchmark results", help="of the page (default: %(default)s)")
     parser.add_argument(
-        "--pictures-dir", type=Path, metavar="DIR", help="write each picture there too, as PNG and as SVG"
+        "results", nargs="+", type=Path, metavar="RESULT.json", help="result files, in the order that the page shows"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="file of the page (default: %(default)s)"
+    )
+    parser.add_argument("--title", default="Benchmark results", help="title of the page (default: %(default)s)")
+    parser.add_argument(
+        "--pictures-dir", type=Path, metavar="DIR", help="also write each picture to this folder, as PNG and as SVG"
     )
 
 

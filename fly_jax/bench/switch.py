@@ -33,6 +33,14 @@ from fly_jax.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from fly_jax.engine_thread import EngineThread
 
+COLUMNS = (
+    "The table's columns, in milliseconds. drain: waiting for requests to end. ahead: copying KV while tokens still "
+    "come. cutover: no request runs. worst gap: the longest that a request in flight waited for a token. limit: what "
+    "the worst gap should stay under, three usual gaps and the time of the relayout programs. newcomer: time to first "
+    "token of a request that arrives with the switch. total: from asking for the layout until all go on. Also: KV MB "
+    "that were moved, and tokens that were computed again."
+)
+
 # Tokens that every stream has when the layout changes, and at least as many follow; each stream has some more than the
 # one before it, so that they do not all end together and a drain leaves groups idle.
 TOKENS_BEFORE = 24
@@ -82,23 +90,37 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Keeps streams in flight, changes the layout under them with each strategy, and prints what that cost: "
-        "between every two uniform layouts and two mixed ones, or between those given by --switch."
+        "Keeps requests in flight, changes the layout under them with each strategy, and prints what that cost them: "
+        "between every two uniform layouts and two mixed ones, or between those given by --switch. Try: python -m "
+        "fly_jax.bench switch --devices 4 --streams 4 --repeat 1 --switch dp4,tp4"
     )
+    parser.epilog = COLUMNS
     parser.set_defaults(command=run)
     parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the bundled demo model)")
     parser.add_argument(
-        "--devices", type=int, default=8, help="devices; on CPU that many virtual ones (default: %(default)s)"
+        "--devices",
+        type=int,
+        default=8,
+        help="devices of the engine; on CPU that many virtual ones (default: %(default)s)",
     )
     parser.add_argument(
         "--streams", type=int, default=16, help="requests in flight at each switch (default: %(default)s)"
     )
-    parser.add_argument("--repeat", type=int, default=3, help="times that each switch is made (default: %(default)s)")
     parser.add_argument(
-        "--switch", action="append", metavar="FROM,TO", help="only this switch, such as dp8,4+2+2; may be repeated"
+        "--repeat", type=int, default=3, help="how often each switch is measured (default: %(default)s)"
     )
-    parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="only this one; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts' lengths (default: %(default)s)")
+    parser.add_argument(
+        "--switch",
+        action="append",
+        metavar="FROM,TO",
+        help="only from this layout to that one, such as dp8,4+2+2; may be given several times",
+    )
+    parser.add_argument(
+        "--strategy", action="append", choices=STRATEGIES, help="only with this strategy; may be given several times"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the prompts and of their lengths (default: %(default)s)"
+    )
     results.add_arguments(parser)
 
 
@@ -113,6 +135,8 @@ def run(options: argparse.Namespace) -> int:
     if min(options.streams, options.repeat, options.devices) < 1:
         raise ConfigError("--streams, --repeat and --devices must be at least 1")
     cases = _cases(options)
+    if options.save_result:
+        check_folder("--result-dir", options.result_dir)
     configure_devices(options.devices)
     console = Console(width=None if Console().is_terminal else 160)
     measured: dict[Case, list[Outcome]] = defaultdict(list)
@@ -135,8 +159,6 @@ def run(options: argparse.Namespace) -> int:
 def _cases(options: argparse.Namespace) -> list[Case]:
     strategies = [SwitchStrategy(name) for name in options.strategy or SwitchStrategy]
     if options.switch:
-    if options.save_result:
-        check_folder("--result-dir", options.result_dir)
         pairs = [_pair(text, options.devices) for text in options.switch]
     else:
         pairs = default_pairs(options.devices)
