@@ -17,7 +17,7 @@ from rich.console import Console
 from fly_jax.bench import results
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
-from fly_jax.bench.prompts import RandomPrompts
+from fly_jax.bench.prompts import Prompt, RandomPrompts
 from fly_jax.config import ATTENTION_BACKENDS, DTYPES, MIN_PROMPT_TOKENS, EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.layout import Layout
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from fly_jax.models.config import ModelConfig
 
-Prompts = list[tuple[int, ...]]
+Prompts = list[Prompt]
 LEAST_BATCHED_TOKENS = 512
 # The exit code of a command that Ctrl-C has ended.
 INTERRUPTED = 130

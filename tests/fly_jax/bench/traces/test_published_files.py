@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fly_jax.bench import serve
 from fly_jax.bench.__main__ import parse
 from fly_jax.bench.requests import PlannedRequest
+from fly_jax.bench.serve_plan import plan
+from fly_jax.bench.serve_run import check
 from fly_jax.bench.served_model import ServedModel
 
 # Lines end like Windows lines, but for the last, which does not end; seven decimals and no time zone.
@@ -66,7 +67,7 @@ def planned(folder: Path, kind: str, data: bytes, keys: str, *given: str) -> lis
     (folder / "data").write_bytes(data)
     paths = ("--workload", str(folder / "mine.toml"), "--dataset-path", str(folder / "data"))
     options = parse(["serve", *paths, *given])
-    return serve.plan(options, serve.check(options), ServedModel("m", 1024))
+    return list(plan(options, check(options), ServedModel("m", 1024)).requests)
 
 
 def times_and_lengths(requests: list[PlannedRequest]) -> list[tuple[float, int, int]]:
