@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fly_jax.bench.result_files import PROVENANCE_KEYS, Kind, ResultFile, Run, number, plain, records
@@ -42,11 +42,25 @@ def tables_of(file: ResultFile) -> list[Table]:
         Kind.ROWS: lambda file: [of_records("Figures", records(file.values.get("rows")))],
         Kind.OTHER: lambda _: [],
     }
-    return [table for table in (*makers[file.kind](file), scalars(file.values)) if table.rows]
+    return [table for table in (*makers[file.kind](file), scalars(measured(file.values))) if table.rows]
+
+
+def answered_nothing(values: object) -> bool:
+    """Whether a run, or the part of it with one tag, says that no request was answered."""
+    return number(_within(values, "completed")) == 0
+
+
+def measured(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the latencies of a run that answered nothing: files hold zeros, which would be the fastest."""
+    if not answered_nothing(values):
+        return values
+    endings = tuple(f"_{metric}_ms" for metric in METRICS)
+    return {key: each for key, each in values.items() if not key.endswith(endings)}
 
 
 def comparison(runs: Sequence[Run]) -> Table:
     """A row a run; columns that no run has are left out."""
+    runs = [replace(run, values=measured(run.values)) for run in runs]
     columns = [(heading, [_compared(run, key) for run in runs]) for heading, key in COMPARED]
     stalls = [_worst(run.values.get("switch_stall_ms")) for run in runs]
     lags = [_cell(_within(run.values.get("schedule_lag_ms"), "p99")) for run in runs]
@@ -71,7 +85,7 @@ def _within(value: object, key: str) -> object:
 
 
 def percentiles(values: Mapping[str, Any]) -> Table:
-    """A row a metric, and one a metric and tag where requests carried tags."""
+    """A row a metric, and one a metric and tag where requests carried tags; empty where none was answered."""
     tags = values.get("by_tag")
     parts = {"all": values, **({plain(tag): each for tag, each in tags.items()} if isinstance(tags, Mapping) else {})}
     rows = []
@@ -79,7 +93,7 @@ def percentiles(values: Mapping[str, Any]) -> Table:
         for name, part in parts.items():
             cells = [_cell(_within(part, f"{each}_{metric}_ms")) for each in STATISTICS]
             if any(cells):
-                rows.append((metric.upper(), name, *cells))
+                rows.append((metric.upper(), name, *([""] * len(cells) if answered_nothing(part) else cells)))
     return _table("Latency, milliseconds", ["metric", "requests", *STATISTICS], rows)
 
 

@@ -124,10 +124,14 @@ def _of_client(load: LoadResult, output_tokens: int) -> dict[str, Any]:
 
 
 def _by_tag(records: Sequence[RequestRecord], percentiles: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Nothing for a workload of one part."""
-    tags = dict.fromkeys(record.planned.tag for record in records)
-    return {
-        tag: metrics.latency_figures([record for record in records if record.planned.tag == tag], percentiles)
-        for tag in tags
-        if tag
-    }
+    """Counts and latencies of each tag, the latencies 0 where none was answered; nothing for a workload of one part."""
+    parts: dict[str, list[RequestRecord]] = {}
+    for record in records:
+        parts.setdefault(record.planned.tag, []).append(record)
+    return {tag: _of_part(part, percentiles) for tag, part in parts.items() if tag}
+
+
+def _of_part(records: Sequence[RequestRecord], percentiles: Sequence[float]) -> dict[str, float]:
+    completed = len(metrics.answered_among(records))
+    counts = {"completed": completed, "failed": len(records) - completed}
+    return {**counts, **metrics.latency_figures(records, percentiles)}

@@ -177,6 +177,33 @@ def test_a_layout_without_a_figure_leaves_a_gap() -> None:
     assert list(np.isnan(np.asarray(line.get_xdata()))) == [True, False, False, False]
 
 
+def test_a_run_that_answered_nothing_has_its_place_and_no_points() -> None:
+    for rates, coordinate in (((4.0,), "get_xdata"), (RATES, "get_ydata")):
+        sweep = sweep_result(rates)
+        silent = [run for run in sweep["runs"] if run["layout"] == "2+2"]
+        for run in silent:
+            run.update({key: 0.0 for key in run if key.endswith("_ms") and "ttft" in key}, completed=0)
+        axes = drawn(pictures.of_sweep(sweep)["latency"])[0]
+        points = np.concatenate([np.asarray(getattr(line, coordinate)(), float) for line in axes.get_lines()])
+        assert np.isnan(points).sum() == (len(pictures.PERCENTS) if len(rates) == 1 else len(rates))
+        assert np.nanmin(points) > 0
+        labels = tick_labels(axes) if len(rates) == 1 else [line.get_label() for line in axes.get_lines()]
+        assert labels == ["1+1+1+1", "2+2", "4", "auto, migrate"]
+
+
+def test_a_tag_that_answered_nothing_has_no_points() -> None:
+    result = serve_result()
+    zeros = dict.fromkeys(result["by_tag"]["high"], 0.0)
+    result["by_tag"]["high"] = {**zeros, "completed": 0, "failed": 5}
+    axes = drawn(pictures.of_run(one_run(result))["latency"])[0]
+    assert tick_labels(axes) == ["all requests", "low", "high"]
+    assert [list(np.isnan(np.asarray(line.get_xdata()))) for line in axes.get_lines()] == [[False, False, True]] * 3
+
+
+def test_if_no_run_answered_anything_there_is_no_picture_of_latencies() -> None:
+    assert "latency" not in pictures.of_run(one_run(serve_result(completed=0, by_tag={})))
+
+
 def test_every_picture_says_what_it_shows_and_where_that_was_measured() -> None:
     for result in (sweep_result(), sweep_result(RATES)):
         for figure in pictures.of_sweep(result).values():

@@ -169,6 +169,31 @@ def test_a_sweep_is_compared_run_by_run() -> None:
     assert tables_of(ResultFile("x.json", Kind.SWEEP, sweep))[0].title == "Runs; goodput: TTFT 500 ms"
 
 
+def test_a_run_that_answered_nothing_shows_its_counts_and_no_latencies() -> None:
+    sweep = sweep_result()
+    sweep["runs"][1].update(completed=0, failed=7, p50_ttft_ms=0.0, median_ttft_ms=0.0)
+    table = tables_of(ResultFile("x.json", Kind.SWEEP, sweep))[0]
+    row = dict(zip(table.headings, table.rows[1], strict=True))
+    assert (row["completed"], row["failed"], row["switches"]) == ("0", "7", "0")
+    assert {row[heading] for heading in table.headings if heading.startswith(("TTFT", "TPOT"))} == {""}
+    assert "" not in {row[table.headings.index("TTFT p50 ms")] for row in table.rows[2:]}
+
+
+def test_a_tag_that_answered_nothing_is_named_without_latencies() -> None:
+    result = serve_result()
+    zeros = dict.fromkeys(result["by_tag"]["high"], 0.0)
+    result["by_tag"]["high"] = {**zeros, "completed": 0, "failed": 5}
+    result["by_tag"]["low"]["completed"] = 3
+    rows = {row[:2]: row[2:] for row in tables_of(ResultFile("x.json", Kind.SERVE, result))[0].rows}
+    assert set(rows["TTFT", "high"]) == {""}
+    assert "" not in {rows["TTFT", name][1] for name in ("all", "low")}
+    result["completed"] = 0
+    table, totals = tables_of(ResultFile("x.json", Kind.SERVE, result))
+    assert set(next(row for row in table.rows if row[:2] == ("TTFT", "all"))[2:]) == {""}
+    assert not [key for key, _ in totals.rows if key.endswith("ttft_ms")]
+    assert ("completed", "0") in totals.rows
+
+
 def test_switches_are_shown_by_their_medians() -> None:
     table = tables_of(ResultFile("x.json", Kind.SWITCH, SWITCHES))[0]
     assert table.headings == ("source", "target", "strategy", "times", "cutover ms")

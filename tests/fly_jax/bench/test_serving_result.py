@@ -55,10 +55,21 @@ def test_the_keys_of_vllm_are_there_and_hold_the_figures() -> None:
     assert {key: found[key] for key in expected} == expected
     assert found["ttfts"] == pytest.approx([0.2, 0.4, 0.4])
     assert [len(gaps) for gaps in found["itls"]] == [1, 2, 0]
-    for latency in ("ttft", "tpot", "itl", "e2el"):
-        for figure in ("mean", "median", "std", "p50", "p90", "p99"):
-            assert found[f"{figure}_{latency}_ms"] >= 0
     assert "generated_texts" not in found
+
+
+def test_latencies_are_those_of_the_answered_requests_in_milliseconds() -> None:
+    """Two answered requests: TTFT 200 and 400, TPOT 100 and 150, E2EL 300 and 700; gaps of 100, 200 and 100."""
+    found = result()
+    expected = {
+        "ttft": (300, 300, 100, 300, 380, 398),
+        "tpot": (125, 125, 25, 125, 145, 149.5),
+        "itl": (400 / 3, 100, 200 * 2**0.5 / 6, 100, 180, 198),
+        "e2el": (500, 500, 200, 500, 660, 696),
+    }
+    for latency, figures in expected.items():
+        keys = [f"{figure}_{latency}_ms" for figure in ("mean", "median", "std", "p50", "p90", "p99")]
+        assert [found[key] for key in keys] == pytest.approx(figures), latency
 
 
 def test_our_own_keys() -> None:
@@ -73,6 +84,8 @@ def test_our_own_keys() -> None:
     assert list(found["by_tag"]) == ["low", "high"]
     assert found["by_tag"]["low"]["mean_ttft_ms"] == pytest.approx(200)
     assert found["by_tag"]["high"]["p99_ttft_ms"] == pytest.approx(400)
+    counts = [(part["completed"], part["failed"]) for part in found["by_tag"].values()]
+    assert counts == [(1, 0), (1, 1)]
 
 
 def test_it_is_json_with_an_infinite_rate_too() -> None:
