@@ -23,6 +23,7 @@ from fly_jax.errors import ConfigError
 START_TIMEOUT_SECONDS = 1800
 STOP_TIMEOUT_SECONDS = 60
 POLL_SECONDS = 0.2
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 # Given by us; a second value would go before ours and the server would not be found.
 OWN_ARGUMENTS = ("--host", "--port", "--api-key")
 
@@ -71,7 +72,7 @@ def self_hosted(model: Path, arguments: list[str]) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "fly_jax", "serve", str(model), "--port", str(port), *arguments]
     url = f"http://127.0.0.1:{port}"
-    with _stopping_on_sigterm(), subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as process:
+    with stopping_on_signals(), subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as process:
         try:
             _wait_until_ready(process, url)
             yield url
@@ -104,17 +105,28 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """A benchmark that is told to end must not leave its server behind."""
+def stopping_on_signals() -> Iterator[None]:
+    """A benchmark that is told to end, or whose terminal is gone, must not leave its server behind.
+
+    Within, such a signal raises SystemExit with the code that a shell would give. One that is ignored, as under nohup,
+    stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _exit)
+    before = {each: signal.getsignal(each) for each in ENDING_SIGNALS}
+    handled = {each: previous for each, previous in before.items() if previous is not signal.SIG_IGN}
+    for each in handled:
+        signal.signal(each, _exit)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, previous in handled.items():
+            signal.signal(each, previous)
 
 
 def _exit(number: int, _: FrameType | None) -> NoReturn:
+    # A shell passes a hangup on to its jobs, which then get it twice: the second must not end the stopping.
+    for each in ENDING_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
