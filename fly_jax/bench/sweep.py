@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +17,22 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from fly_jax.bench import results
+from fly_jax.bench import pictures, results
 from fly_jax.bench.load import run_load
+from fly_jax.bench.output_paths import check_folder
 from fly_jax.bench.requests import PlannedRequest
-from fly_jax.bench.serve import ServeRun, check, most_common_errors, plan, report, serving
+from fly_jax.bench.serve import Server, ServeRun, check, most_common_errors, plan, report, serving
 from fly_jax.bench.serving_result import BY_REQUEST, build_result
 from fly_jax.config import one_of
 from fly_jax.errors import ConfigError
 from fly_jax.layout import Layout
 from fly_jax.outputs import SwitchStrategy
+from fly_jax.platform import secret
 
 AUTO, STATIC = "auto", "static"
 SWITCH_TIMEOUT_SECONDS = 300
+# Nobody who has pressed Ctrl-C waits longer for a server that hangs.
+RESTORE_TIMEOUT_SECONDS = 60
 # Of every request, in seconds; the rest of what is known of each is left to ``serve``.
 DRAWN = ("start_times", "ttfts")
 
@@ -53,77 +59,116 @@ class Configuration:
 def run(options: argparse.Namespace) -> int:
     """Runs every configuration and prints, and saves with pictures if asked for, what came of it.
 
+    What has been measured is printed and saved however the sweep ends.
+
     Returns:
-        0; 1 if a configuration answered no request; 130 if it was interrupted.
+        0; 1 if a configuration answered no request, or there was none to run; 130 if a run was interrupted.
 
     Raises:
-        ConfigError: an option is wrong, or the server cannot be had.
+        ConfigError: an option is wrong, or the server cannot be had, or not any longer.
     """
     checked = check(options)
     _check(options)
     rows: list[dict[str, Any]] = []
-    interrupted = False
-    for strategy in _strategies(options):
-        if interrupted:
-            break
-        for row in _runs_on_one_server(options, checked, strategy, with_static=not rows):
-            rows.append(row)
-            interrupted = row["interrupted"]
-            if interrupted:
-                break
-    _print(rows)
-    if options.save_result:
-        _save(options, checked, rows)
-    if interrupted:
+    try:
+        _sweep(options, checked, rows)
+    finally:
+        if rows:
+            _keep(options, checked, rows)
+    if not rows:
+        _say("nothing was measured: the server has none of these layouts")
+        return 1
+    if rows[-1]["interrupted"]:
         return 130
     return 0 if all(row["completed"] for row in rows) else 1
 
 
 def _check(options: argparse.Namespace) -> None:
-    if min(options.rate_scales) <= 0:
-        raise ConfigError(f"--rate-scales must be above 0, got {min(options.rate_scales):g}")
+    for scale in options.rate_scales:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ConfigError(f"--rate-scales must be finite and above 0, got {scale:g}")
     for strategy in options.strategies or ():
         one_of("--strategies", strategy, tuple(SwitchStrategy))
+    if options.strategies and AUTO not in options.policies:
+        raise ConfigError(
+            f"--strategies {' '.join(options.strategies)} needs auto, and --policies is {' '.join(options.policies)}: "
+            "only auto switches"
+        )
     if options.strategies and options.self_hosted is None:
         raise ConfigError(
             f"--strategies {' '.join(options.strategies)} needs --self-hosted: a running server has its own already"
         )
+    if options.save_result:
+        check_folder("--result-dir", options.result_dir)
+        pictures.require_matplotlib()
 
 
 def _strategies(options: argparse.Namespace) -> Sequence[str | None]:
-    """A server is started with each; a running one has its own."""
-    if options.self_hosted is None:
+    """A server is started with each; a running one has its own, and one that never switches needs none."""
+    if options.self_hosted is None or AUTO not in options.policies:
         return (None,)
     return tuple(dict.fromkeys(options.strategies or [each.value for each in SwitchStrategy]))
 
 
+def _sweep(options: argparse.Namespace, checked: ServeRun, rows: list[dict[str, Any]]) -> None:
+    """Appends to ``rows``, which the caller has even if this raises; returns after a run that was interrupted."""
+    for index, strategy in enumerate(_strategies(options)):
+        extra = () if strategy is None else ("--switch-strategy", strategy)
+        arguments = [*checked.server_arguments, *extra]
+        with serving(options, dataclasses.replace(checked, server_arguments=arguments)) as server:
+            # Static layouts are the same under every strategy, so the first server runs them.
+            _runs_on_one_server(options, checked, server, strategy, with_static=index == 0, rows=rows)
+        if rows and rows[-1]["interrupted"]:
+            return
+
+
 def _runs_on_one_server(
-    options: argparse.Namespace, checked: ServeRun, strategy: str | None, *, with_static: bool
-) -> Iterator[dict[str, Any]]:
-    """Static layouts are the same under every strategy, so one server runs them."""
-    extra = () if strategy is None else ("--switch-strategy", strategy)
-    with serving(options, dataclasses.replace(checked, server_arguments=[*checked.server_arguments, *extra])) as server:
-        planned = plan(options, checked, server.model)
-        first, configurations = _configurations(options, server.target.base_url, strategy, with_static)
+    options: argparse.Namespace,
+    checked: ServeRun,
+    server: Server,
+    strategy: str | None,
+    *,
+    with_static: bool,
+    rows: list[dict[str, Any]],
+) -> None:
+    planned = plan(options, checked, server.model, as_text=server.target.is_chat)
+    admin_key = secret("FLY_JAX_ADMIN_KEY") if options.admin_key is None else options.admin_key
+    layouts = ServerLayouts(server.target.base_url, admin_key)
+    found = layouts.present()
+    configurations = _configurations(options, found.layout, strategy, with_static)
+    # One of our own is stopped in any case.
+    with layouts.restored(found) if options.self_hosted is None else contextlib.nullcontext():
         for configuration, scale in itertools.product(configurations, options.rate_scales):
-            if not _configure(server.target.base_url, configuration, options.admin_key):
-                continue
-            sent, narrowed = within_widths(at_rate(planned, scale), configuration)
-            _say(f"{configuration}, {scale:g} times the rate: {len(sent)} requests{_narrowed(narrowed)}")
-            load = run_load(sent, server.target, checked.load)
-            report(load, len(sent))
-            result = build_result(load, server.facts(options, checked, planned))
-            rate = result["request_rate"]
-            yield {
-                "configuration": str(configuration),
-                **dataclasses.asdict(configuration),
-                "rate_scale": scale,
-                "narrowed_requests": narrowed,
-                **_without_details(result),
-                "error_counts": most_common_errors(load.sent.records),
-                "request_rate": rate if isinstance(rate, str) else rate * scale,
-            }
-        _configure(server.target.base_url, Configuration(first, STATIC, None), options.admin_key)
+            if layouts.configure(configuration):
+                rows.append(_row(options, checked, server, planned, configuration, scale))
+                if rows[-1]["interrupted"]:
+                    return
+
+
+def _row(
+    options: argparse.Namespace,
+    checked: ServeRun,
+    server: Server,
+    planned: Sequence[PlannedRequest],
+    configuration: Configuration,
+    scale: float,
+) -> dict[str, Any]:
+    """Sends the load to a server that is configured, and returns what is kept of the result."""
+    sent, narrowed = within_widths(at_rate(planned, scale), configuration)
+    _say(f"{configuration}, {scale:g} times the rate: {len(sent)} requests{_narrowed(narrowed)}")
+    load = run_load(sent, server.target, checked.load)
+    report(load, len(sent))
+    result = build_result(load, server.facts(options, checked, planned))
+    rate = result["request_rate"]
+    return {
+        "configuration": str(configuration),
+        **dataclasses.asdict(configuration),
+        "rate_scale": scale,
+        "narrowed_requests": narrowed,
+        **_without_details(result),
+        "error_counts": most_common_errors(load.sent.records),
+        "request_rate": rate if isinstance(rate, str) else rate * scale,
+    }
 
 
 def _without_details(result: dict[str, Any]) -> dict[str, Any]:
@@ -163,19 +208,18 @@ def _narrowed(count: int) -> str:
 
 
 def _configurations(
-    options: argparse.Namespace, base_url: str, strategy: str | None, with_static: bool
-) -> tuple[str, list[Configuration]]:
-    """The server's present layout, and what to run on it.
+    options: argparse.Namespace, present: str, strategy: str | None, with_static: bool
+) -> list[Configuration]:
+    """What to run on a server whose present layout is this.
 
     Raises:
         LayoutError: a layout that its devices do not make.
     """
-    present = _layout(base_url)
     devices = sum(int(degree) for degree in present.split("+"))
     layouts = [str(Layout.parse(text, devices)) for text in options.layouts or static_layouts(devices)]
     static = [Configuration(layout, STATIC, None) for layout in layouts] if with_static else []
     automatic = [Configuration(layouts[0], AUTO, strategy)] if AUTO in options.policies else []
-    return present, [*(static if STATIC in options.policies else ()), *automatic]
+    return [*(static if STATIC in options.policies else ()), *automatic]
 
 
 def static_layouts(devices: int) -> list[str]:
@@ -194,28 +238,86 @@ def static_layouts(devices: int) -> list[str]:
     return ["+".join(map(str, mix)) for mix in sorted(mixes(devices, widest), key=lambda mix: (mix[0], -len(mix)))]
 
 
-def _layout(base_url: str) -> str:
+class ServerLayouts:
+    """Reads and sets the layout and the policy of a server."""
+
+    def __init__(self, base_url: str, admin_key: str | None) -> None:
+        self._url = f"{base_url}/layout"
+        self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+
+    def present(self) -> Configuration:
+        """
+        Raises:
+            ConfigError: the server does not say.
+        """
+        try:
+            answer = httpx.get(self._url, timeout=60, trust_env=False)
+            state = answer.raise_for_status().json()
+            return Configuration(str(state["layout"]), str(state["policy"]), None)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"GET {self._url} gives no layout ({error!r}): a sweep needs a fly-jax server") from error
+
+    def configure(self, configuration: Configuration) -> bool:
+        """Whether the server has such a layout; waits until it is there.
+
+        Raises:
+            ConfigError: the server does not answer, or refuses for another reason.
+        """
+        answer = self._post(configuration, SWITCH_TIMEOUT_SECONDS)
+        if answer.status_code == httpx.codes.BAD_REQUEST:
+            _say(f"left out {configuration}: {_reason(answer)}")
+            return False
+        self._require_success(answer, configuration)
+        return True
+
+    @contextlib.contextmanager
+    def restored(self, found: Configuration) -> Iterator[None]:
+        """Brings back, in the end, the layout and the policy that were found.
+
+        Raises:
+            ConfigError: the server does not answer, or refuses.
+        """
+        try:
+            yield
+        except BaseException:
+            # What went wrong first is what the user is told last, and the server may be gone.
+            try:
+                self._restore(found)
+            except ConfigError as error:
+                _say(f"layout {found.layout} with policy {found.policy} was not restored: {error}")
+            raise
+        self._restore(found)
+
+    def _restore(self, found: Configuration) -> None:
+        self._require_success(self._post(found, RESTORE_TIMEOUT_SECONDS), found)
+
+    def _post(self, configuration: Configuration, timeout: float) -> httpx.Response:
+        body = {"layout": configuration.layout, "policy": configuration.policy}
+        try:
+            return httpx.post(self._url, json=body, headers=self._headers, timeout=timeout, trust_env=False)
+        except httpx.HTTPError as error:
+            raise ConfigError(f"POST {self._url} to {configuration} failed ({error!r}): is the server up?") from error
+
+    def _require_success(self, answer: httpx.Response, configuration: Configuration) -> None:
+        if not answer.is_success:
+            raise ConfigError(f"{self._url} refused {configuration} with {answer.status_code}: {_reason(answer)}")
+
+
+def _reason(answer: httpx.Response) -> str:
+    """A fly-jax server's message; the beginning of what anything in between says."""
     try:
-        answer = httpx.get(f"{base_url}/layout", timeout=60, trust_env=False)
-        answer.raise_for_status()
-        return str(answer.json()["layout"])
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{base_url} has no GET /layout ({error!r}): a sweep needs a fly-jax server") from error
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(answer.text[:200].split())
 
 
-def _configure(base_url: str, configuration: Configuration, admin_key: str | None) -> bool:
-    """Whether the server has such a layout; waits until it is there."""
-    body = {"layout": configuration.layout, "policy": configuration.policy}
-    headers = {} if admin_key is None else {"Authorization": f"Bearer {admin_key}"}
-    answer = httpx.post(
-        f"{base_url}/layout", json=body, headers=headers, timeout=SWITCH_TIMEOUT_SECONDS, trust_env=False
-    )
-    if answer.status_code == 400:
-        _say(f"left out {configuration}: {answer.json()['error']['message']}")
-        return False
-    if answer.is_error:
-        raise ConfigError(f"{base_url}/layout refused {configuration} with {answer.status_code}: {answer.text[:200]}")
-    return True
+def _keep(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[str, Any]]) -> None:
+    """Files go first: after a hangup the terminal cannot be written to."""
+    try:
+        if options.save_result:
+            _save(options, checked, rows)
+    finally:
+        _print(rows)
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
@@ -225,9 +327,11 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if heading == "configuration" else "right")
     for row in rows:
         goodput = row["request_goodput"]
+        latencies = (row[f"{percent}_{metric}_ms"] for metric in ("ttft", "tpot") for percent in ("p50", "p99"))
         table.add_row(
             row["configuration"], f"x{row['rate_scale']:g}", str(row["completed"]), str(row["failed"]),
-            *(f"{row[f'{percent}_{metric}_ms']:,.1f}" for metric in ("ttft", "tpot") for percent in ("p50", "p99")),
+            # Where nothing was answered they are 0, which would be the fastest.
+            *(f"{each:,.1f}" if row["completed"] else "-" for each in latencies),
             f"{row['output_throughput']:,.0f}", "-" if goodput is None else f"{goodput:,.2f}",
             str(row["layout_switches"]),
         )  # fmt: skip
@@ -235,17 +339,14 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _save(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[str, Any]]) -> None:
-    from fly_jax.bench import pictures
-
     name = (options.result_filename or f"sweep-{Path(checked.workload).stem}").removesuffix(".json")
     of_devices = options.self_hosted is not None
     # The server has its own number of devices, which every layout fills.
-    devices = {"num_devices": sum(map(int, rows[0]["layout"].split("+")))} if of_devices and rows else {}
+    devices = {"num_devices": sum(map(int, rows[0]["layout"].split("+")))} if of_devices else {}
     result = {**checked.metadata, "workload": checked.workload, "seed": options.seed, **devices, "runs": list(rows)}
     path = results.save(options.result_dir, name, result, of_devices=of_devices)
-    _say(f"saved as {path}")
     found = pictures.of_sweep({**results.provenance(of_devices=of_devices), **result})
-    for written in pictures.write(found, options.result_dir, name):
+    for written in (path, *pictures.write(found, options.result_dir, name)):
         _say(f"saved as {written}")
 
 

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="times its rate (default: 1)",
     )
-    compared.add_argument("--admin-key", help="that a running server asks for to change its layout")
+    compared.add_argument(
+        "--admin-key", help="that the server asks for to change its layout (default: $FLY_JAX_ADMIN_KEY)"
+    )
     add_load_arguments(parser)
 
 
