@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from fly_jax.bench.random_streams import Stream, generator
 from fly_jax.bench.workload_fields import Fields
 
+# Requests a second; more than any client sends, and few enough to compute with.
+HIGHEST_RATE = 1e9
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -74,10 +77,10 @@ def _read_phase(fields: Fields, *, only: bool) -> Phase:
     if fields.has("rate") == fields.has("rate_range"):
         raise fields.error(f"give one of rate and rate_range, got {'both' if fields.has('rate') else 'neither'}")
     if fields.has("rate"):
-        rates = (fields.number("rate", minimum=0),) * 2
+        rates = (fields.number("rate", minimum=0, maximum=HIGHEST_RATE),) * 2
     else:
-        rates = fields.numbers_range("rate_range", minimum=0)
-    end_rate = fields.number("end_rate", minimum=0) if fields.has("end_rate") else None
+        rates = fields.numbers_range("rate_range", minimum=0, maximum=HIGHEST_RATE)
+    end_rate = fields.number("end_rate", minimum=0, maximum=HIGHEST_RATE) if fields.has("end_rate") else None
     endless = only and end_rate is None and not fields.has("seconds")
     seconds = math.inf if endless else fields.number("seconds", above=0)
     phase = Phase(seconds, rates, end_rate, fields.text("tag", ""))

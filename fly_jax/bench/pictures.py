@@ -88,12 +88,11 @@ def of_sweep(result: Mapping[str, Any]) -> dict[str, Figure]:
     runs, source = runs_of(result), provenance_line(result)
     workload = plain(result.get("workload") or "")
     pictures = {"latency": latency(runs, workload, source), "goodput": goodput(runs, workload, source)}
-    for run in runs:
-        name = f"timeline-{_slug(run.name)}"
-        if varied_load(runs):
-            name += f"-{_slug(f'{run.rate:.3g}')}"
-        if run.changes:
-            pictures[_unused(name, pictures)] = timeline(run, workload, source)
+    for run in (run for run in runs if run.changes):
+        # The name is what distinguishes it, in the title and as a file.
+        named = replace(run, name=f"{run.name}, {run.rate:.3g} requests/s") if varied_load(runs) else run
+        name = f"timeline-{_slug(named.name.removesuffix(' requests/s'))}"
+        pictures[_unused(name, pictures)] = timeline(named, workload, source)
     return {name: figure for name, figure in pictures.items() if figure is not None}
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from fly_jax.bench import results
 from fly_jax.bench.client import Target
 from fly_jax.bench.load import LoadResult, run_load
+from fly_jax.bench.metrics import LATENCIES
+from fly_jax.bench.output_paths import check_folder
 from fly_jax.bench.requests import RequestRecord
 from fly_jax.bench.self_hosted import self_hosted, vocab_size
 from fly_jax.bench.serve_plan import plan
@@ -25,6 +27,7 @@ from fly_jax.bench.serving_result import RunFacts, build_result
 from fly_jax.bench.serving_table import table
 from fly_jax.bench.workload_files import RANDOM
 from fly_jax.bench.workload_plan import WorkloadPlan
+from fly_jax.config import one_of
 from fly_jax.platform import secret
 
 ERRORS_SHOWN = 5
@@ -40,6 +43,10 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: an option is wrong, or the server cannot be had.
     """
     checked = check(options)
+    shown = tuple(one_of("--percentile-metrics", each, LATENCIES) for each in options.percentile_metrics.split(","))
+    saves = options.save_result or options.save_detailed
+    if saves:
+        check_folder("--result-dir", options.result_dir)
     with serving(options, checked) as server:
         planned = plan(options, checked, server.model, as_text=server.target.is_chat)
         target = server.target
@@ -47,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
         load = run_load(planned.requests, target, checked.load)
     result = build_result(load, facts(options, checked, server, planned), detailed=options.save_detailed)
     report(load, len(planned.requests))
-    print(table(result, checked.shown, checked.percentiles))
-    if options.save_result or options.save_detailed:
+    print(table(result, shown, checked.percentiles))
+    if saves:
         # A word of the user's does not go over a figure.
         _say(f"saved as {_save(options, {**checked.metadata, **result})}")
     if load.sent.interrupted:

@@ -25,7 +25,7 @@ BACKENDS = ("openai", "vllm", "openai-chat")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.set_defaults(command=_run)
-    add_load_arguments(parser)
+    _add_table(add_load_arguments(parser))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -44,14 +44,24 @@ def command_module(name: str) -> ModuleType:
         raise ConfigError(f"{error.name} is not installed: python -m pip install 'fly-jax[bench]'") from error
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that puts load on a server takes."""
+def add_load_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What every command that puts load on a server takes; returns the group about results."""
     _add_server(parser.add_argument_group("server"))
     _add_workload(parser.add_argument_group("what is sent"))
     _add_schedule(parser.add_argument_group("when it is sent"))
     group = parser.add_argument_group("results")
     _add_results(group)
     results.add_arguments(group)
+    return group
+
+
+def _add_table(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--percentile-metrics",
+        default="ttft,tpot,itl",
+        help="latencies in the table, of ttft,tpot,itl,e2el; the file has all (default: %(default)s)",
+    )
+    group.add_argument("--save-detailed", action="store_true", help="write the generated texts as well")
 
 
 def _add_server(group: argparse._ArgumentGroup) -> None:
@@ -161,16 +171,10 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
         metavar="NAME:MS",
         help="count requests a second that keep all limits, such as ttft:200 tpot:50 (also e2el)",
     )
-    group.add_argument(
-        "--percentile-metrics",
-        default="ttft,tpot,itl",
-        help="latencies in the table, of ttft,tpot,itl,e2el; the file has all (default: %(default)s)",
-    )
     group.add_argument("--metric-percentiles", default="99", help="such as 50,99.9 (default: %(default)s)")
     group.add_argument(
         "--metadata", nargs="+", default=[], metavar="KEY=VALUE", help="write these into the file, such as gpu=h200"
     )
     group.add_argument("--label", help="at the beginning of the file's name (default: the backend)")
-    group.add_argument("--save-detailed", action="store_true", help="write the generated texts as well")
-    group.add_argument("--result-filename", help="(default: from the backend, the rate, the model and the time)")
+    group.add_argument("--result-filename", help="(default: from what was run)")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress")

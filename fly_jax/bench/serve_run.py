@@ -12,13 +12,11 @@ from typing import Any
 from fly_jax.bench.arrivals import RampUp, arrival_times
 from fly_jax.bench.client import CHAT_COMPLETIONS, COMPLETIONS, Target
 from fly_jax.bench.load import LoadOptions
-from fly_jax.bench.metrics import LATENCIES, parse_goodput
-from fly_jax.bench.output_paths import check_folder
+from fly_jax.bench.metrics import parse_goodput
 from fly_jax.bench.random_prompts import RandomLengths
 from fly_jax.bench.self_hosted import split_server_arguments
 from fly_jax.bench.workload_files import KINDS, RANDOM, SHAREGPT
 from fly_jax.bench.workloads import kind_of
-from fly_jax.config import one_of
 from fly_jax.errors import ConfigError
 
 
@@ -43,7 +41,6 @@ class ServeRun:
     ignore_eos: bool
     load: LoadOptions
     goodput: dict[str, float]
-    shown: tuple[str, ...]
     percentiles: tuple[float, ...]
     server_arguments: list[str]
     base_url: str
@@ -71,8 +68,6 @@ def check(options: argparse.Namespace) -> ServeRun:
         raise ConfigError(
             f"--workload {options.workload} and --dataset-name {options.dataset_name} both say what is sent: give one"
         )
-    if options.save_result or options.save_detailed:
-        check_folder("--result-dir", options.result_dir)
     if options.server_args and options.self_hosted is None:
         raise ConfigError("--server-args needs --self-hosted: a running server has its arguments already")
     ramp_up = _ramp_up(options)
@@ -92,7 +87,6 @@ def check(options: argparse.Namespace) -> ServeRun:
         ignore_eos=kind != SHAREGPT if options.ignore_eos is None else options.ignore_eos,
         load=LoadOptions(options.max_concurrency, options.num_warmups, show_progress=not options.disable_tqdm),
         goodput=parse_goodput(options.goodput),
-        shown=tuple(one_of("--percentile-metrics", each, LATENCIES) for each in options.percentile_metrics.split(",")),
         percentiles=tuple(_percentile(each) for each in options.metric_percentiles.split(",")),
         server_arguments=split_server_arguments(options.server_args),
         base_url=base_url.rstrip("/"),

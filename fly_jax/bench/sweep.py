@@ -9,11 +9,9 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -21,39 +19,21 @@ from fly_jax.bench import pictures, results
 from fly_jax.bench.load import run_load
 from fly_jax.bench.output_paths import check_folder
 from fly_jax.bench.requests import PlannedRequest
-from fly_jax.bench.serve import Server, ServeRun, check, most_common_errors, plan, report, serving
+from fly_jax.bench.serve import Server, facts, most_common_errors, report, serving
+from fly_jax.bench.serve_plan import plan
+from fly_jax.bench.serve_run import ServeRun, check
+from fly_jax.bench.server_layouts import AUTO, STATIC, Configuration, ServerLayouts
 from fly_jax.bench.serving_result import BY_REQUEST, build_result
+from fly_jax.bench.workload_files import RANDOM
+from fly_jax.bench.workload_plan import WorkloadPlan
 from fly_jax.config import one_of
 from fly_jax.errors import ConfigError
 from fly_jax.layout import Layout
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.platform import secret
 
-AUTO, STATIC = "auto", "static"
-SWITCH_TIMEOUT_SECONDS = 300
-# Nobody who has pressed Ctrl-C waits longer for a server that hangs.
-RESTORE_TIMEOUT_SECONDS = 60
 # Of every request, in seconds; the rest of what is known of each is left to ``serve``.
 DRAWN = ("start_times", "ttfts")
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """What a run is made under.
-
-    Attributes:
-        layout: the only one, or the one that ``auto`` starts from.
-        strategy: of the switches that ``auto`` makes; None: whatever the server was started with.
-    """
-
-    layout: str
-    policy: str
-    strategy: str | None
-
-    def __str__(self) -> str:
-        if self.policy == STATIC:
-            return self.layout
-        return AUTO if self.strategy is None else f"{AUTO} ({self.strategy})"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -149,16 +129,16 @@ def _row(
     options: argparse.Namespace,
     checked: ServeRun,
     server: Server,
-    planned: Sequence[PlannedRequest],
+    planned: WorkloadPlan,
     configuration: Configuration,
     scale: float,
 ) -> dict[str, Any]:
     """Sends the load to a server that is configured, and returns what is kept of the result."""
-    sent, narrowed = within_widths(at_rate(planned, scale), configuration)
+    sent, narrowed = within_widths(at_rate(planned.requests, scale), configuration)
     _say(f"{configuration}, {scale:g} times the rate: {len(sent)} requests{_narrowed(narrowed)}")
     load = run_load(sent, server.target, checked.load)
     report(load, len(sent))
-    result = build_result(load, server.facts(options, checked, planned))
+    result = build_result(load, facts(options, checked, server, planned))
     rate = result["request_rate"]
     return {
         "configuration": str(configuration),
@@ -238,79 +218,6 @@ def static_layouts(devices: int) -> list[str]:
     return ["+".join(map(str, mix)) for mix in sorted(mixes(devices, widest), key=lambda mix: (mix[0], -len(mix)))]
 
 
-class ServerLayouts:
-    """Reads and sets the layout and the policy of a server."""
-
-    def __init__(self, base_url: str, admin_key: str | None) -> None:
-        self._url = f"{base_url}/layout"
-        self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
-
-    def present(self) -> Configuration:
-        """
-        Raises:
-            ConfigError: the server does not say.
-        """
-        try:
-            answer = httpx.get(self._url, timeout=60, trust_env=False)
-            state = answer.raise_for_status().json()
-            return Configuration(str(state["layout"]), str(state["policy"]), None)
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"GET {self._url} gives no layout ({error!r}): a sweep needs a fly-jax server") from error
-
-    def configure(self, configuration: Configuration) -> bool:
-        """Whether the server has such a layout; waits until it is there.
-
-        Raises:
-            ConfigError: the server does not answer, or refuses for another reason.
-        """
-        answer = self._post(configuration, SWITCH_TIMEOUT_SECONDS)
-        if answer.status_code == httpx.codes.BAD_REQUEST:
-            _say(f"left out {configuration}: {_reason(answer)}")
-            return False
-        self._require_success(answer, configuration)
-        return True
-
-    @contextlib.contextmanager
-    def restored(self, found: Configuration) -> Iterator[None]:
-        """Brings back, in the end, the layout and the policy that were found.
-
-        Raises:
-            ConfigError: the server does not answer, or refuses.
-        """
-        try:
-            yield
-        except BaseException:
-            # What went wrong first is what the user is told last, and the server may be gone.
-            try:
-                self._restore(found)
-            except ConfigError as error:
-                _say(f"layout {found.layout} with policy {found.policy} was not restored: {error}")
-            raise
-        self._restore(found)
-
-    def _restore(self, found: Configuration) -> None:
-        self._require_success(self._post(found, RESTORE_TIMEOUT_SECONDS), found)
-
-    def _post(self, configuration: Configuration, timeout: float) -> httpx.Response:
-        body = {"layout": configuration.layout, "policy": configuration.policy}
-        try:
-            return httpx.post(self._url, json=body, headers=self._headers, timeout=timeout, trust_env=False)
-        except httpx.HTTPError as error:
-            raise ConfigError(f"POST {self._url} to {configuration} failed ({error!r}): is the server up?") from error
-
-    def _require_success(self, answer: httpx.Response, configuration: Configuration) -> None:
-        if not answer.is_success:
-            raise ConfigError(f"{self._url} refused {configuration} with {answer.status_code}: {_reason(answer)}")
-
-
-def _reason(answer: httpx.Response) -> str:
-    """A fly-jax server's message; the beginning of what anything in between says."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(answer.text[:200].split())
-
-
 def _keep(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[str, Any]]) -> None:
     """Files go first: after a hangup the terminal cannot be written to."""
     try:
@@ -339,11 +246,12 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _save(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[str, Any]]) -> None:
-    name = (options.result_filename or f"sweep-{Path(checked.workload).stem}").removesuffix(".json")
+    workload = checked.workload or RANDOM
+    name = (options.result_filename or f"sweep-{Path(workload).stem}").removesuffix(".json")
     of_devices = options.self_hosted is not None
     # The server has its own number of devices, which every layout fills.
     devices = {"num_devices": sum(map(int, rows[0]["layout"].split("+")))} if of_devices else {}
-    result = {**checked.metadata, "workload": checked.workload, "seed": options.seed, **devices, "runs": list(rows)}
+    result = {**checked.metadata, "workload": workload, "seed": options.seed, **devices, "runs": list(rows)}
     path = results.save(options.result_dir, name, result, of_devices=of_devices)
     found = pictures.of_sweep({**results.provenance(of_devices=of_devices), **result})
     for written in (path, *pictures.write(found, options.result_dir, name)):

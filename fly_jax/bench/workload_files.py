@@ -48,5 +48,5 @@ def read_workload(path: Path) -> Fields:
         return Fields(path, tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cannot read the workload {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of text that is no UTF-8, and of numbers that are too long to read
         raise ConfigError(f"{path} is not TOML: {error}") from error

@@ -20,9 +20,11 @@ from fly_jax.bench.__main__ import main
 from fly_jax.bench.arrivals import arrival_times
 from fly_jax.bench.client import COMPLETIONS, Target
 from fly_jax.bench.requests import PlannedRequest
-from fly_jax.bench.serve import Server, ServeRun
+from fly_jax.bench.serve import Server
+from fly_jax.bench.serve_run import ServeRun
 from fly_jax.bench.served_model import ServedModel
-from fly_jax.bench.sweep import AUTO, STATIC, Configuration, at_rate, static_layouts, within_widths
+from fly_jax.bench.server_layouts import AUTO, STATIC, Configuration
+from fly_jax.bench.sweep import at_rate, static_layouts, within_widths
 from fly_jax.errors import ConfigError
 
 

@@ -98,17 +98,20 @@ def test_requests_that_do_not_fit_are_clipped_and_counted(tmp_path: Path) -> Non
         ("rate_scale = 2\n" + RANDOM, "unknown key rate_scale (= 2); known ones are burstiness, kind, mix, phases, "),
         (
             RANDOM.replace("rate = 4", 'rate = "4"'),
-            "rate in [[phases]] number 1 must be a number of at least 0, got '4'",
+            "rate in [[phases]] number 1 must be a number of at least 0 and at most 1e+09, got '4'",
         ),
-        (RANDOM.replace("rate = 4", "rate = -4"), "rate in [[phases]] number 1 must be a number of at least 0, got -4"),
+        (
+            RANDOM.replace("rate = 4", "rate = -4"),
+            "rate in [[phases]] number 1 must be a number of at least 0 and at most 1e+09, got -4",
+        ),
         (RANDOM.replace("rate = 4", "rate = 0"), "no phase has a rate above 0"),
         (
             RANDOM.replace("rate = 4", "seconds = 4"),
             "give one of rate and rate_range, got neither in [[phases]] number 1",
         ),
         (RANDOM.replace("rate = 4", "rate = 4\nrate_range = [1, 2]"), "give one of rate and rate_range, got both"),
-        (RANDOM.replace("rate = 4", "rate_range = [3, 2]"), "two numbers of at least 0, got [3, 2]"),
-        (RANDOM.replace("rate = 4", "rate_range = [3]"), "two numbers of at least 0, got [3]"),
+        (RANDOM.replace("rate = 4", "rate_range = [3, 2]"), "two numbers of at least 0 and at most 1e+09, got [3, 2]"),
+        (RANDOM.replace("rate = 4", "rate_range = [3]"), "two numbers of at least 0 and at most 1e+09, got [3]"),
         (
             RANDOM.replace("rate = 4", "rate = 4\nend_rate = -1"),
             "end_rate in [[phases]] number 1 must be a number of at",

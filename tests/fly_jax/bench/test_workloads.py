@@ -165,6 +165,8 @@ def test_an_unknown_workload_is_refused_with_the_known_names(name: str) -> None:
         ("kind = 3", "kind must be a string, got 3"),
         ('kind = "poisson"', "kind must be one of random, sharegpt, azure, burstgpt, mooncake, got 'poisson'"),
         ('kind = "random', "is not TOML: "),
+        ("kind = " + "9" * 5000, "is not TOML: "),
+        (RANDOM.replace("rate = 4", "rate = 1e308"), "rate in [[phases]] number 1 must be a number of at least 0 and"),
         ('kind = "azure"', "is of the azure format: give a file of it with --dataset-path"),
     ],
 )
@@ -177,7 +179,10 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RANDOM.replace("rate = 4", "rate = HUGE"), "rate in [[phases]] number 1 must be a number of at least 0, got"),
+        (
+            RANDOM.replace("rate = 4", "rate = HUGE"),
+            "rate in [[phases]] number 1 must be a number of at least 0 and at most 1e+09, got",
+        ),
         (RANDOM.replace("rate = 4", "rate_range = [1, HUGE]"), "got [1, an integer of more than 64 bits]"),
         (RANDOM.replace("[8, 16]", "[8, HUGE]"), "got [8, an integer of more than 64 bits]"),
         (RANDOM.replace("requests = 20", "requests = HUGE"), "requests must be an integer of at least 1, got"),
