@@ -19,6 +19,7 @@ from fly_jax.bench import pictures, results
 from fly_jax.bench.load import run_load
 from fly_jax.bench.output_paths import check_folder
 from fly_jax.bench.requests import PlannedRequest
+from fly_jax.bench.self_hosted import stopping_on_signals
 from fly_jax.bench.serve import Server, facts, most_common_errors, report, serving
 from fly_jax.bench.serve_plan import plan
 from fly_jax.bench.serve_run import ServeRun, check
@@ -51,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     rows: list[dict[str, Any]] = []
     try:
-        _sweep(options, checked, rows)
+        with stopping_on_signals():
+            _sweep(options, checked, rows)
     finally:
         if rows:
             _keep(options, checked, rows)
