@@ -112,7 +112,7 @@ class StreamedAnswer:
             if (error := event.get("error")) is not None:
                 raise StreamFailed(_message_of(error))
             if usage := event.get("usage"):
-                self.usage = usage
+                self.usage = dict(usage)
             if choices := event.get("choices"):
                 self._take_choice(choices[0], now)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
@@ -199,13 +199,14 @@ class StreamingClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as failure:
             error = f"{type(failure).__name__}: {failure}"
         ended_at = self._clock()
+        pieces = max(len(answer.pieces), 1 if answer.token_times else 0)
         return RequestRecord(
             planned=planned,
             sent_at=sent_at,
             token_times=tuple(answer.token_times),
             ended_at=ended_at,
             prompt_tokens=_count(answer.usage, "prompt_tokens", planned.prompt_tokens),
-            output_tokens=_count(answer.usage, "completion_tokens", max(len(answer.pieces), bool(answer.token_times))),
+            output_tokens=_count(answer.usage, "completion_tokens", pieces),
             text="".join(answer.pieces),
             error=error,
             has_usage=answer.usage.keys() >= _COUNTS,

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
-from fly_jax.bench.output_paths import check_folder
+from fly_jax.bench.output_paths import check_file
 from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError
 from fly_jax.platform import share_gpu_memory
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fly_jax.bench.attention_work import Work
     from kernels_pallas.tuning import Tuning
 
-# Issue M3's targets on an H200.
+# Targets on an H200.
 DECODE_TARGET, PREFILL_TARGET = 0.85, 0.6
 DECODE_TARGET_TOKENS, PREFILL_TARGET_CONTEXT = 65_536, 8192
 # Longer prompts come in chunks of this many tokens.
@@ -163,7 +163,7 @@ def _check(options: argparse.Namespace) -> None:
         if options.kv_heads % degree:
             raise ConfigError(f"--kv-heads {options.kv_heads} cannot be divided among TP {degree}: leave it out")
     if options.save_result:
-        check_folder("--result-dir", options.result_dir)
+        check_file("--result-dir", options.result_dir / "kernels.json")
 
 
 class _Bench:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fly_jax
+from fly_jax.errors import ConfigError
 
 # A line each would make files of tens of thousands of lines. Only at the end of a line does a bracket open a list and
 # not stand in a text, which JSON keeps on one.
@@ -52,10 +53,18 @@ def save(folder: Path, name: str, result: dict[str, Any], *, of_devices: bool = 
 
 
 def write(path: Path, result: dict[str, Any], *, of_devices: bool = True) -> None:
-    """Writes a result with its provenance; what the result says itself goes before that."""
+    """Writes a result with its provenance; what the result says itself goes before that.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     text = json.dumps({**provenance(of_devices=of_devices), **result}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+    text = _LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    except OSError as error:
+        raise ConfigError(f"the result cannot be written to {path}: {error.strerror}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

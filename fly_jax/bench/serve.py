@@ -17,7 +17,7 @@ from fly_jax.bench import results
 from fly_jax.bench.client import Target
 from fly_jax.bench.load import LoadResult, run_load
 from fly_jax.bench.metrics import LATENCIES
-from fly_jax.bench.output_paths import check_folder
+from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.requests import RequestRecord
 from fly_jax.bench.self_hosted import self_hosted, vocab_size
 from fly_jax.bench.serve_plan import plan
@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     shown = tuple(one_of("--percentile-metrics", each, LATENCIES) for each in options.percentile_metrics.split(","))
     saves = options.save_result or options.save_detailed
     if saves:
-        check_folder("--result-dir", options.result_dir)
+        # A name that is made up afterwards cannot be taken.
+        check_file("--result-dir", options.result_dir / (options.result_filename or "new.json"))
     with serving(options, checked) as server:
         planned = plan(options, checked, server.model, as_text=server.target.is_chat)
         target = server.target
@@ -79,7 +80,7 @@ def facts(options: argparse.Namespace, checked: ServeRun, server: Server, planne
         workload=checked.workload or RANDOM,
         seed=options.seed,
         request_rate=_planned_rate(checked, planned),
-        burstiness=options.burstiness,
+        burstiness=None if checked.has_times else options.burstiness,
         ramp_up=checked.ramp_up,
         max_concurrency=options.max_concurrency,
         goodput=checked.goodput,

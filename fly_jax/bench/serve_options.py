@@ -175,6 +175,6 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--metadata", nargs="+", default=[], metavar="KEY=VALUE", help="write these into the file, such as gpu=h200"
     )
-    group.add_argument("--label", help="at the beginning of the file's name (default: the backend)")
+    group.add_argument("--label", help="at the beginning of the file's name")
     group.add_argument("--result-filename", help="(default: from what was run)")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress")

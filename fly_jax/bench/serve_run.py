@@ -14,6 +14,7 @@ from fly_jax.bench.client import CHAT_COMPLETIONS, COMPLETIONS, Target
 from fly_jax.bench.load import LoadOptions
 from fly_jax.bench.metrics import parse_goodput
 from fly_jax.bench.random_prompts import RandomLengths
+from fly_jax.bench.result_files import PROVENANCE_KEYS
 from fly_jax.bench.self_hosted import split_server_arguments
 from fly_jax.bench.workload_files import KINDS, RANDOM, SHAREGPT
 from fly_jax.bench.workloads import kind_of
@@ -93,7 +94,7 @@ def check(options: argparse.Namespace) -> ServeRun:
         endpoint=endpoint,
         headers=_pairs("--header", options.header),
         extra_body=_extra_body(options.extra_body),
-        metadata=_pairs("--metadata", options.metadata),
+        metadata=_metadata(options.metadata),
     )
 
 
@@ -122,6 +123,14 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
         if not (key and equals):
             raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}")
     return {key: value for key, _, value in pairs}
+
+
+def _metadata(given: Sequence[str]) -> dict[str, str]:
+    found = _pairs("--metadata", given)
+    for key in found:
+        if key in PROVENANCE_KEYS:
+            raise ConfigError(f"--metadata {key}={found[key]} would hide what the file says itself: take another key")
+    return found
 
 
 def _extra_body(text: str) -> dict[str, Any]:

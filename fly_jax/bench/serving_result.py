@@ -32,9 +32,10 @@ class RunFacts:
     """What a result says of its run besides what was measured.
 
     Attributes:
-        backend: kind of API, with vLLM's names: ``openai`` or ``openai-chat``.
+        backend: kind of API, with vLLM's names: ``openai``, ``vllm`` or ``openai-chat``.
         request_rate: requests a second asked for; infinite: all at once.
         workload: name of what was sent.
+        burstiness: of the arrivals; None: as the workload says.
         goodput: limits in milliseconds by latency.
         ramp_up: which then sets the rate of each request.
         percentiles: to compute besides those that every result has.
@@ -47,7 +48,7 @@ class RunFacts:
     workload: str
     seed: int
     request_rate: float = math.inf
-    burstiness: float = 1.0
+    burstiness: float | None = 1.0
     max_concurrency: int | None = None
     goodput: Mapping[str, float] = field(default_factory=dict)
     ramp_up: RampUp | None = None

@@ -44,10 +44,11 @@ def table(result: dict[str, Any], shown: Sequence[str], percentiles: Sequence[fl
     for name in shown:
         short, title = HEADINGS[name]
         lines.append(title.center(WIDTH, "-"))
-        lines.append(_line(f"Mean {short} (ms):", result[f"mean_{name}_ms"]))
-        lines.append(_line(f"Median {short} (ms):", result[f"median_{name}_ms"]))
-        for percent in map(percent_text, percentiles):
-            lines.append(_line(f"P{percent} {short} (ms):", result[f"p{percent}_{name}_ms"]))
+        of_percents = ((f"P{each}", f"p{each}") for each in map(percent_text, percentiles))
+        for heading, key in (("Mean", "mean"), ("Median", "median"), *of_percents):
+            # Where nothing was answered they are 0, which would be the fastest.
+            figure = result[f"{key}_{name}_ms"] if result["completed"] else "-"
+            lines.append(_line(f"{heading} {short} (ms):", figure))
     if result["layout_timeline"]:
         lines.append("Layouts".center(WIDTH, "-"))
         lines.append(_line("First layout:", result["layout_timeline"][0]["layout"]))

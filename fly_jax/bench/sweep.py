@@ -1,4 +1,4 @@
-"""``python -m fly_jax.bench sweep``: one workload under every layout and policy, on the same server."""
+"""``python -m fly_jax.bench sweep``: one workload under every layout and policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fly_jax.bench import pictures, results
 from fly_jax.bench.load import run_load
-from fly_jax.bench.output_paths import check_folder
+from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.requests import PlannedRequest
 from fly_jax.bench.self_hosted import stopping_on_signals
 from fly_jax.bench.serve import Server, facts, most_common_errors, report, serving
@@ -27,7 +27,6 @@ from fly_jax.bench.server_layouts import AUTO, STATIC, Configuration, ServerLayo
 from fly_jax.bench.serving_result import BY_REQUEST, build_result
 from fly_jax.bench.workload_files import RANDOM
 from fly_jax.bench.workload_plan import WorkloadPlan
-from fly_jax.config import one_of
 from fly_jax.errors import ConfigError
 from fly_jax.layout import Layout
 from fly_jax.outputs import SwitchStrategy
@@ -35,6 +34,8 @@ from fly_jax.platform import secret
 
 # Of every request, in seconds; the rest of what is known of each is left to ``serve``.
 DRAWN = ("start_times", "ttfts")
+# What ``--rate-scales`` scales of a result.
+RATES = ("request_rate", "ramp_up_start_rps", "ramp_up_end_rps")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: an option is wrong, or the server cannot be had, or not any longer.
     """
     checked = check(options)
-    _check(options)
+    _check(options, checked)
     rows: list[dict[str, Any]] = []
     try:
         with stopping_on_signals():
@@ -65,12 +66,16 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(row["completed"] for row in rows) else 1
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, checked: ServeRun) -> None:
     for scale in options.rate_scales:
         if not (math.isfinite(scale) and scale > 0):
             raise ConfigError(f"--rate-scales must be finite and above 0, got {scale:g}")
-    for strategy in options.strategies or ():
-        one_of("--strategies", strategy, tuple(SwitchStrategy))
+    all_at_once = not checked.has_times and checked.ramp_up is None and math.isinf(checked.request_rate)
+    if all_at_once and options.rate_scales != [1]:
+        scales = " ".join(f"{scale:g}" for scale in options.rate_scales)
+        raise ConfigError(
+            f"--rate-scales {scales}: there is no rate, since all is sent at once: give --workload or --request-rate"
+        )
     if options.strategies and AUTO not in options.policies:
         raise ConfigError(
             f"--strategies {' '.join(options.strategies)} needs auto, and --policies is {' '.join(options.policies)}: "
@@ -81,7 +86,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--strategies {' '.join(options.strategies)} needs --self-hosted: a running server has its own already"
         )
     if options.save_result:
-        check_folder("--result-dir", options.result_dir)
+        check_file("--result-dir", options.result_dir / f"{_file_name(options, checked)}.json")
         pictures.require_matplotlib()
 
 
@@ -141,7 +146,7 @@ def _row(
     load = run_load(sent, server.target, checked.load)
     report(load, len(sent))
     result = build_result(load, facts(options, checked, server, planned))
-    rate = result["request_rate"]
+    rates = {key: result[key] for key in RATES if isinstance(result.get(key), float)}
     return {
         "configuration": str(configuration),
         **dataclasses.asdict(configuration),
@@ -149,7 +154,7 @@ def _row(
         "narrowed_requests": narrowed,
         **_without_details(result),
         "error_counts": most_common_errors(load.sent.records),
-        "request_rate": rate if isinstance(rate, str) else rate * scale,
+        **{key: rate * scale for key, rate in rates.items()},
     }
 
 
@@ -247,13 +252,24 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=None if Console().is_terminal else 160).print(table)
 
 
+def _file_name(options: argparse.Namespace, checked: ServeRun) -> str:
+    """Without its ending."""
+    default = f"{options.label or 'sweep'}-{Path(checked.workload or RANDOM).stem}"
+    return str(options.result_filename or default).removesuffix(".json")
+
+
 def _save(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[str, Any]]) -> None:
-    workload = checked.workload or RANDOM
-    name = (options.result_filename or f"sweep-{Path(workload).stem}").removesuffix(".json")
+    name = _file_name(options, checked)
     of_devices = options.self_hosted is not None
     # The server has its own number of devices, which every layout fills.
     devices = {"num_devices": sum(map(int, rows[0]["layout"].split("+")))} if of_devices else {}
-    result = {**checked.metadata, "workload": workload, "seed": options.seed, **devices, "runs": list(rows)}
+    result = {
+        **checked.metadata,
+        "workload": checked.workload or RANDOM,
+        "seed": options.seed,
+        **devices,
+        "runs": list(rows),
+    }
     path = results.save(options.result_dir, name, result, of_devices=of_devices)
     found = pictures.of_sweep({**results.provenance(of_devices=of_devices), **result})
     for written in (path, *pictures.write(found, options.result_dir, name)):

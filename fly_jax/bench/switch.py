@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results
-from fly_jax.bench.output_paths import check_folder
+from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.result_files import short_layout
 from fly_jax.cli import STRATEGIES
 from fly_jax.config import EngineConfig
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--streams, --repeat and --devices must be at least 1")
     cases = _cases(options)
     if options.save_result:
-        check_folder("--result-dir", options.result_dir)
+        check_file("--result-dir", options.result_dir / "switch.json")
     configure_devices(options.devices)
     console = Console(width=None if Console().is_terminal else 160)
     measured: dict[Case, list[Outcome]] = defaultdict(list)

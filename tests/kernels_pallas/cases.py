@@ -14,7 +14,7 @@ from kernels_pallas.tuning import Tuning
 from tests.kernels_pallas.contexts import PagedContexts, Run, random_queries, relative_error
 
 FLOAT32, BFLOAT16, FLOAT16 = (np.dtype(each) for each in (np.float32, ml_dtypes.bfloat16, np.float16))
-# Issue M3: relative errors against float64.
+# Relative errors against float64.
 TOLERANCE = {FLOAT32: 1e-5, BFLOAT16: 5e-3, FLOAT16: 5e-3}
 BASE_BLOCK = 4
 TILE_QUERIES = 16

@@ -126,6 +126,7 @@ def test_bytes_may_be_cut_anywhere_and_lines_may_end_like_windows_lines() -> Non
         (stream(event({"error": {"message": ""}}), DONE), "{'message': ''}", 0),
         (stream(event({"error": "line\none" + "x" * 900}), DONE), "line one" + "x" * 400, 0),
         (stream(event({"choices": [{"index": 0, "text": ["a"]}]})), "not a chunk of a completion", 0),
+        (stream(piece("a"), event({"choices": [], "usage": 7}), DONE), "not a chunk of a completion", 1),
         (stream(piece("a"), b"data: {nonsense\n\n"), "not a chunk of a completion: {nonsense", 1),
         (stream(event([1])), "not a chunk of a completion: [1]", 0),
         (stream(piece("a"), piece("b")), "the stream ended before the answer did", 2),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from fly_jax.bench import results
+from fly_jax.errors import ConfigError
 
 RESULT = {
     "ttfts": [0.1, 2.5e-05, -3, 4.0],
@@ -25,3 +28,9 @@ def test_lists_of_numbers_are_a_line_each_and_everything_reads_back_as_it_was(tm
     assert '"ttfts": [ 0.1, 2.5e-05, -3, 4.0 ],' in lines
     assert '"runs": [ 1, 2 ]' in lines
     assert "[ 0.5, 0.25 ]," in lines
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(ConfigError, match=r"run\.json: Is a directory"):
+        results.save(tmp_path, "run", RESULT, of_devices=False)

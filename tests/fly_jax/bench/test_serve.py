@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +87,9 @@ def test_the_default_file_name_is_like_vllm_s(url: str, tmp_path: Path) -> None:
 def test_a_run_in_which_nothing_is_answered_ends_with_1(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["serve", "--base-url", url, "--endpoint", "/other/completions", "--num-prompts", "3"]
     assert main([*given, "--random-input-len", "5"]) == 1
-    assert "3 requests failed: HTTP 404" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "3 requests failed: HTTP 404" in printed.err
+    assert re.search(r"Mean TTFT \(ms\): +-$", printed.out, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("python_s_sigint")
@@ -230,6 +233,7 @@ def test_the_vocabulary_is_that_of_the_folder_to_serve() -> None:
         (["--max-concurrency", "0"], "--max-concurrency must be at least 1, got 0"),
         (["--num-warmups", "-1"], "--num-warmups must be at least 0, got -1"),
         (["--metadata", "gpu=h200", "h200"], "--metadata takes KEY=VALUE, got 'h200'"),
+        (["--metadata", "host=mine"], "--metadata host=mine would hide what the file says itself"),
         (["--header", "=x"], "--header takes KEY=VALUE, got '=x'"),
         (["--extra-body", "[1]"], "--extra-body must be a JSON object, got '[1]'"),
         (["--extra-body", "{"], "--extra-body is not JSON"),

@@ -194,11 +194,11 @@ def test_every_configuration_gets_the_same_requests_at_every_rate(
 
 
 def test_four_times_the_rate_sends_four_times_as_early(server: Scripted, tmp_path: Path) -> None:
-    given = ["--policies", "static", "--layouts", "4", "--request-rate", "4", "--rate-scales", "1", "4"]
+    given = ["--policies", "static", "--layouts", "4", "--request-rate", "1", "--rate-scales", "1", "4"]
     assert swept(server, tmp_path, *given) == 0
     slow, fast = saved(tmp_path)
-    assert (slow["request_rate"], fast["request_rate"]) == (4.0, 16.0)
-    planned = arrival_times(3, 4.0, 1.0, 1)
+    assert (slow["request_rate"], fast["request_rate"]) == (1.0, 4.0)
+    planned = arrival_times(3, 1.0, 1.0, 1)
     for run, scale in ((slow, 1.0), (fast, 4.0)):
         # Never early; late by what a busy machine takes.
         assert all(start >= at / scale - 0.001 for start, at in zip(run["start_times"], planned, strict=True))
@@ -357,6 +357,7 @@ def test_the_demo_model_is_swept_on_a_server_for_each_strategy(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--rate-scales", "1", "2"], "--rate-scales 1 2: there is no rate, since all is sent at once"),
         (["--rate-scales", "0"], "--rate-scales must be finite and above 0, got 0"),
         (["--rate-scales", "1", "inf"], "--rate-scales must be finite and above 0, got inf"),
         (["--rate-scales", "1", "nan"], "--rate-scales must be finite and above 0, got nan"),
