@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fly_jax.bench.result_files import Run, number, plain, provenance_line, runs_of, short_layout
+from fly_jax.bench.result_files import Run, measured, number, plain, provenance_line, runs_of, short_layout
 from fly_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def of_run(run: Run) -> dict[str, Figure]:
 def _by_tag(run: Run) -> tuple[Run, ...]:
     tags = run.values.get("by_tag")
     found = {tag: each for tag, each in tags.items() if isinstance(each, Mapping)} if isinstance(tags, Mapping) else {}
-    return tuple(Run(plain(tag) or "without a tag", run.rate, (), (), each) for tag, each in found.items())
+    return tuple(Run(plain(tag) or "without a tag", run.rate, (), (), measured(each)) for tag, each in found.items())
 
 
 def varied_load(runs: Sequence[Run]) -> bool:
@@ -119,9 +119,8 @@ def varied_load(runs: Sequence[Run]) -> bool:
 def latency(runs: Sequence[Run], workload: str, source: str) -> Figure | None:
     """p50, p90 and p99 of TTFT and TPOT: over the load if it varies, otherwise for each run.
 
-    A run that answered nothing keeps its place and has no points: the zeros in its file would be the fastest.
+    A run that answered nothing keeps its place and has no points.
     """
-    runs = [replace(run, values={}) if run.number("completed") == 0 else run for run in runs]
     known = [metric for metric in METRICS if any(math.isfinite(run.percentile(metric, 50)) for run in runs)]
     if not known:
         return None

@@ -5,10 +5,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from fly_jax.bench.result_files import PROVENANCE_KEYS, Kind, ResultFile, Run, number, plain, records
+from fly_jax.bench.metrics import LATENCIES
+from fly_jax.bench.result_files import (
+    PROVENANCE_KEYS,
+    Kind,
+    ResultFile,
+    Run,
+    answered_nothing,
+    measured,
+    number,
+    plain,
+    records,
+)
 
 # What a sweep is compared by: heading, and key of the run or metric and percentile.
 COMPARED: tuple[tuple[str, str | tuple[str, int]], ...] = (
@@ -19,7 +30,6 @@ COMPARED: tuple[tuple[str, str | tuple[str, int]], ...] = (
     ("TPOT p99 ms", ("tpot", 99)), ("switches", "layout_switches"),
 )  # fmt: skip
 STATISTICS = ("mean", "median", "std", "p50", "p90", "p99")
-METRICS = ("ttft", "tpot", "itl", "e2el")
 MOST_ROWS = 500
 
 
@@ -45,22 +55,8 @@ def tables_of(file: ResultFile) -> list[Table]:
     return [table for table in (*makers[file.kind](file), scalars(measured(file.values))) if table.rows]
 
 
-def answered_nothing(values: object) -> bool:
-    """Whether a run, or the part of it with one tag, says that no request was answered."""
-    return number(_within(values, "completed")) == 0
-
-
-def measured(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the latencies of a run that answered nothing: files hold zeros, which would be the fastest."""
-    if not answered_nothing(values):
-        return values
-    endings = tuple(f"_{metric}_ms" for metric in METRICS)
-    return {key: each for key, each in values.items() if not key.endswith(endings)}
-
-
 def comparison(runs: Sequence[Run]) -> Table:
     """A row a run; columns that no run has are left out."""
-    runs = [replace(run, values=measured(run.values)) for run in runs]
     columns = [(heading, [_compared(run, key) for run in runs]) for heading, key in COMPARED]
     stalls = [_worst(run.values.get("switch_stall_ms")) for run in runs]
     lags = [_cell(_within(run.values.get("schedule_lag_ms"), "p99")) for run in runs]
@@ -89,7 +85,7 @@ def percentiles(values: Mapping[str, Any]) -> Table:
     tags = values.get("by_tag")
     parts = {"all": values, **({plain(tag): each for tag, each in tags.items()} if isinstance(tags, Mapping) else {})}
     rows = []
-    for metric in METRICS:
+    for metric in LATENCIES:
         for name, part in parts.items():
             cells = [_cell(_within(part, f"{each}_{metric}_ms")) for each in STATISTICS]
             if any(cells):

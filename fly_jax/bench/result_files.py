@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fly_jax.bench.metrics import LATENCIES
 from fly_jax.errors import ConfigError
 
 # In the order in which they are shown; those that a file lacks are left out.
@@ -53,7 +54,7 @@ class Run:
         rate: requests/s asked for; inf: all at once; nan: the workload's own.
         start_times: when each request was sent, in seconds from the start.
         timeline: the layouts in force, oldest first; empty for other servers.
-        values: the run's part of the file.
+        values: the run's part of the file, as :func:`measured`.
     """
 
     name: str
@@ -137,6 +138,19 @@ def runs_of(sweep: Mapping[str, Any]) -> tuple[Run, ...]:
     return tuple(_run(each) for each in records(sweep.get("runs")))
 
 
+def answered_nothing(values: object) -> bool:
+    """Whether a run, or the part of it with one tag, says that no request was answered."""
+    return isinstance(values, Mapping) and number(values.get("completed")) == 0
+
+
+def measured(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the latencies of a run that answered nothing: files hold zeros, which would be the fastest."""
+    if not answered_nothing(values):
+        return values
+    endings = tuple(f"_{metric}_ms" for metric in LATENCIES)
+    return {key: each for key, each in values.items() if not key.endswith(endings)}
+
+
 def _run(values: Mapping[str, Any]) -> Run:
     timeline = tuple(
         LayoutChange(number(each.get("at")), plain(each.get("layout")))
@@ -145,7 +159,7 @@ def _run(values: Mapping[str, Any]) -> Run:
     )
     name, rate = _run_name(values, timeline), number(values.get("request_rate"))
     starts = tuple(sorted(_numbers(values, "start_times")))
-    return Run(name, rate, starts, tuple(sorted(timeline, key=lambda each: each.at)), values)
+    return Run(name, rate, starts, tuple(sorted(timeline, key=lambda each: each.at)), measured(values))
 
 
 def _run_name(values: Mapping[str, Any], timeline: Sequence[LayoutChange]) -> str:
