@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from fly_jax.bench import kernels, latency, report, serve_options, sweep_options, switch, throughput
+from fly_jax.bench import kernels, latency, report, serve_options, sweep_options, switch, terminal, throughput
 from fly_jax.cli import Parser
 from fly_jax.errors import FlyJaxError
 
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except FlyJaxError as error:
-        print(f"fly_jax.bench: error: {error}", file=sys.stderr)
+        terminal.say(f"fly_jax.bench: error: {error}")
         return 2
     except KeyboardInterrupt:
-        return 130
+        return terminal.INTERRUPTED_CODE
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fly_jax.bench import results
+from fly_jax.bench import results, terminal
 from fly_jax.bench.output_paths import check_file
 from fly_jax.config import ATTENTION_BACKENDS
 from fly_jax.errors import ConfigError
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     bench = _Bench(options)
     if options.tune and bench.backend != "pallas":
         raise ConfigError("--tune times kernels, and there is no GPU here to time them on: run it where there is one")
-    console = Console(width=None if Console().is_terminal else 160)
+    console = terminal.console()
     if bench.backend == "xla":
         console.print("No GPU here, so the kernels are not timed: this is the XLA path on CPU.")
     rates = bench.rates()

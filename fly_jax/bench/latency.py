@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fly_jax.bench import offline
+from fly_jax.bench import offline, terminal
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 # Options that a result file has.
@@ -112,4 +112,4 @@ def _print(rows: list[Latency], options: argparse.Namespace) -> None:
         switched = "-" if row.switch_ms is None else f"{row.switch_ms:,.1f}"
         seconds = (row.avg_latency, *row.percentiles.values())
         table.add_row(row.layout, switched, str(len(row.latencies)), *(f"{1e3 * each:,.1f}" for each in seconds))
-    Console(width=None if Console().is_terminal else 160).print(table)
+    terminal.console().print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from fly_jax.bench import results
+from fly_jax.bench import results, terminal
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
 from fly_jax.bench.prompts import Prompt, RandomPrompts
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 Prompts = list[Prompt]
 LEAST_BATCHED_TOKENS = 512
-# The exit code of a command that Ctrl-C has ended.
-INTERRUPTED = 130
 
 
 class OfflineEngine(Protocol):
@@ -154,8 +151,8 @@ def finish(
         print(f"written to {options.output_json}")
     if interrupted:
         layouts = max(1, len(options.layout))
-        print(f"interrupted: there are figures of {len(rows)} of {layouts} layouts", file=sys.stderr)
-    return INTERRUPTED if interrupted else 0
+        terminal.say(f"interrupted: there are figures of {len(rows)} of {layouts} layouts")
+    return terminal.INTERRUPTED_CODE if interrupted else 0
 
 
 @contextmanager

@@ -7,13 +7,12 @@ import contextlib
 import dataclasses
 import datetime
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fly_jax.bench import results
+from fly_jax.bench import results, terminal
 from fly_jax.bench.client import Target
 from fly_jax.bench.load import LoadResult, run_load
 from fly_jax.bench.metrics import LATENCIES
@@ -51,16 +50,16 @@ def run(options: argparse.Namespace) -> int:
     with serving(options, checked) as server:
         planned = plan(options, checked, server.model, as_text=server.target.is_chat)
         target = server.target
-        _say(f"{len(planned.requests)} requests to {target.url(target.endpoint)}, model {target.model}")
+        terminal.say(f"{len(planned.requests)} requests to {target.url(target.endpoint)}, model {target.model}")
         load = run_load(planned.requests, target, checked.load)
     result = build_result(load, facts(options, checked, server, planned), detailed=options.save_detailed)
     report(load, len(planned.requests))
     print(table(result, shown, checked.percentiles))
     if saves:
         # A word of the user's does not go over a figure.
-        _say(f"saved as {_save(options, {**checked.metadata, **result})}")
+        terminal.say(f"saved as {_save(options, {**checked.metadata, **result})}")
     if load.sent.interrupted:
-        return 130
+        return terminal.INTERRUPTED_CODE
     return 0 if result["completed"] else 1
 
 
@@ -103,7 +102,7 @@ def serving(options: argparse.Namespace, checked: ServeRun) -> Iterator[Server]:
         return
     # A folder that is none is found here and not by a server that takes seconds to say so.
     vocab_size(options.self_hosted)
-    _say(f"starting a server of {options.self_hosted}")
+    terminal.say(f"starting a server of {options.self_hosted}")
     with self_hosted(options.self_hosted, checked.server_arguments) as url:
         yield _server(options, checked, url)
 
@@ -135,14 +134,14 @@ def report(load: LoadResult, planned: int) -> None:
     """Prints what a table of figures does not hold."""
     records = load.sent.records
     if load.sent.interrupted:
-        _say(f"interrupted after {load.duration:.1f} s: {len(records)} of {planned} requests had been sent")
+        terminal.say(f"interrupted after {load.duration:.1f} s: {len(records)} of {planned} requests had been sent")
     if not load.has_layouts:
-        _say("the server has no GET /layout, so there is no layout timeline")
+        terminal.say("the server has no GET /layout, so there is no layout timeline")
     uncounted = sum(not record.has_usage for record in records if not record.error)
     if uncounted:
-        _say(f"{uncounted} answers came without usage: their tokens are the plan's, and the pieces that came")
+        terminal.say(f"{uncounted} answers came without usage: their tokens are the plan's, and the pieces that came")
     for error, count in most_common_errors(records).items():
-        _say(f"{count} requests failed: {error}")
+        terminal.say(f"{count} requests failed: {error}")
 
 
 def most_common_errors(records: Sequence[RequestRecord]) -> dict[str, int]:
@@ -165,7 +164,3 @@ def _save(options: argparse.Namespace, result: dict[str, Any]) -> str:
         # It may use fewer than there are, or more virtual ones than this process has.
         result = {**result, "num_devices": sum(map(int, result["layout_timeline"][0]["layout"].split("+")))}
     return str(results.save(options.result_dir, name.removesuffix(".json"), result, of_devices=of_devices))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 
-from fly_jax.bench import workloads
+from fly_jax.bench import terminal, workloads
 from fly_jax.bench.arrivals import arrival_times
 from fly_jax.bench.plan_limits import UNKNOWN_LEN, PlanLimits
 from fly_jax.bench.random_prompts import RandomLengths, random_requests
@@ -43,7 +42,7 @@ def plan(options: argparse.Namespace, checked: ServeRun, model: ServedModel, *, 
     number = options.num_prompts or (DEFAULT_PROMPTS if options.workload is None else None)
     limits = PlanLimits(longest, number, vocabulary, as_text)
     planned = workloads.plan(checked.workload, dataset_path=options.dataset_path, limits=limits, seed=options.seed)
-    print(planned.summary(), file=sys.stderr)
+    terminal.say(planned.summary())
     if checked.has_times:
         return planned
     times = _times(options, checked, len(planned.requests))

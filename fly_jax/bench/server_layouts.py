@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
 
+from fly_jax.bench import terminal
 from fly_jax.errors import ConfigError
 
 AUTO, STATIC = "auto", "static"
@@ -63,7 +63,7 @@ class ServerLayouts:
         """
         answer = self._post(configuration, SWITCH_TIMEOUT_SECONDS)
         if answer.status_code == httpx.codes.BAD_REQUEST:
-            print(f"left out {configuration}: {_reason(answer)}", file=sys.stderr)
+            terminal.say(f"left out {configuration}: {_reason(answer)}")
             return False
         self._require_success(answer, configuration)
         return True
@@ -82,7 +82,7 @@ class ServerLayouts:
             try:
                 self._restore(found)
             except ConfigError as error:
-                print(f"layout {found.layout} with policy {found.policy} was not restored: {error}", file=sys.stderr)
+                terminal.say(f"layout {found.layout} with policy {found.policy} was not restored: {error}")
             raise
         self._restore(found)
 

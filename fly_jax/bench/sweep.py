@@ -7,15 +7,13 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from fly_jax.bench import pictures, results
+from fly_jax.bench import pictures, results, terminal
 from fly_jax.bench.load import run_load
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.requests import PlannedRequest
@@ -59,10 +57,10 @@ def run(options: argparse.Namespace) -> int:
         if rows:
             _keep(options, checked, rows)
     if not rows:
-        _say("nothing was measured: the server has none of these layouts")
+        terminal.say("nothing was measured: the server has none of these layouts")
         return 1
     if rows[-1]["interrupted"]:
-        return 130
+        return terminal.INTERRUPTED_CODE
     return 0 if all(row["completed"] for row in rows) else 1
 
 
@@ -142,7 +140,7 @@ def _row(
 ) -> dict[str, Any]:
     """Sends the load to a server that is configured, and returns what is kept of the result."""
     sent, narrowed = within_widths(at_rate(planned.requests, scale), configuration)
-    _say(f"{configuration}, {scale:g} times the rate: {len(sent)} requests{_narrowed(narrowed)}")
+    terminal.say(f"{configuration}, {scale:g} times the rate: {len(sent)} requests{_narrowed(narrowed)}")
     load = run_load(sent, server.target, checked.load)
     report(load, len(sent))
     result = build_result(load, facts(options, checked, server, planned))
@@ -249,7 +247,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['output_throughput']:,.0f}", "-" if goodput is None else f"{goodput:,.2f}",
             str(row["layout_switches"]),
         )  # fmt: skip
-    Console(width=None if Console().is_terminal else 160).print(table)
+    terminal.console().print(table)
 
 
 def _file_name(options: argparse.Namespace, checked: ServeRun) -> str:
@@ -273,8 +271,4 @@ def _save(options: argparse.Namespace, checked: ServeRun, rows: Sequence[dict[st
     path = results.save(options.result_dir, name, result, of_devices=of_devices)
     found = pictures.of_sweep({**results.provenance(of_devices=of_devices), **result})
     for written in (path, *pictures.write(found, options.result_dir, name)):
-        _say(f"saved as {written}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+        terminal.say(f"saved as {written}")

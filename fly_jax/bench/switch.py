@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fly_jax.bench import results
+from fly_jax.bench import results, terminal
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.result_files import short_layout
 from fly_jax.cli import STRATEGIES
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save_result:
         check_file("--result-dir", options.result_dir / "switch.json")
     configure_devices(options.devices)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = terminal.console()
     measured: dict[Case, list[Outcome]] = defaultdict(list)
     with _Bench(options, _layouts(cases)) as bench:
         rounds = [case for _ in range(options.repeat) for case in cases]

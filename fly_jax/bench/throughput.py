@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from fly_jax.bench import offline
+from fly_jax.bench import offline, terminal
 
 # Untimed requests, a device: they touch what the first requests of an engine or of a layout find cold.
 WARMUP_PROMPTS_A_DEVICE = 2
@@ -84,10 +82,9 @@ def measure(llm: offline.OfflineEngine, options: argparse.Namespace, rows: list[
     layouts = max(1, len(options.layout))
     for number, here in enumerate(offline.each_layout(llm, options), 1):
         warmup = prompts.take(WARMUP_PROMPTS_A_DEVICE * options.devices)
-        print(
+        terminal.say(
             f"layout {number} of {layouts}, {here.layout}: {options.num_prompts} requests, and {len(warmup)} before "
-            "that are not timed",
-            file=sys.stderr,
+            "that are not timed"
         )
         offline.timed_generate(llm, warmup, options.output_len)
         elapsed, outputs = offline.timed_generate(llm, prompts.take(options.num_prompts), options.output_len)
@@ -123,4 +120,4 @@ def _print(rows: list[Throughput], options: argparse.Namespace) -> None:
         rates: tuple[Any, ...] = (row.requests_per_second, row.tokens_per_second, row.output_tokens_per_second)
         switched = "-" if row.switch_ms is None else f"{row.switch_ms:,.1f}"
         table.add_row(row.layout, switched, f"{row.elapsed_time:,.2f}", *(f"{each:,.1f}" for each in rates))
-    Console(width=None if Console().is_terminal else 160).print(table)
+    terminal.console().print(table)
