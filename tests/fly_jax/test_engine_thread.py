@@ -3,12 +3,12 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 from concurrent.futures import Future
 from typing import cast
 
 import pytest
 
+from fly_jax import engine_thread
 from fly_jax.engine import Engine
 from fly_jax.errors import ConfigError, ContextLengthError, EngineDeadError, LayoutError
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
@@ -192,14 +192,26 @@ def _layout_and_policy(engine: Engine) -> tuple[str, str]:
     return str(engine.layout), engine.control.policy
 
 
-def test_an_engine_whose_requests_can_only_wait_does_not_spin() -> None:
+def test_an_engine_whose_requests_can_only_wait_looks_again_after_a_moment() -> None:
+    """Nobody asks for anything: what they wait for may be a matter of time alone."""
+    engine = ScriptedEngine(held=True)
+    engine.stalled = True
+    with running(engine) as thread:
+        submit(thread, "a")
+        for _ in range(3):
+            engine.wait_for_step()
+            engine.may_step.release()
+
+
+def test_an_engine_whose_requests_can_only_wait_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment does not pass here, so each command brings one step at most; a loop that spins makes thousands."""
+    monkeypatch.setattr(engine_thread, "STALL_SECONDS", TIMEOUT)
     engine = ScriptedEngine()
     engine.stalled = True
     with running(engine) as thread:
         sink = submit(thread, "a")
-        before = engine.steps
-        time.sleep(0.2)
-        assert 0 < engine.steps - before <= 200  # one a millisecond; a loop that spins makes many thousands
+        for commands in range(2, 22):
+            assert thread.call(lambda _: engine.steps).result(TIMEOUT) < commands
         assert not sink.items
 
         def go_on(engine: Engine) -> None:
