@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +19,7 @@ from fly_jax.bench import pictures, sweep
 from fly_jax.bench.__main__ import main
 from fly_jax.bench.arrivals import arrival_times
 from fly_jax.bench.client import COMPLETIONS, Target
+from fly_jax.bench.load import LoadOptions, LoadResult, run_load
 from fly_jax.bench.requests import PlannedRequest
 from fly_jax.bench.serve import Server
 from fly_jax.bench.serve_run import ServeRun
@@ -193,16 +194,24 @@ def test_every_configuration_gets_the_same_requests_at_every_rate(
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".png", ".svg"}
 
 
-def test_four_times_the_rate_sends_four_times_as_early(server: Scripted, tmp_path: Path) -> None:
+def test_four_times_the_rate_sends_four_times_as_early(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due: list[list[float]] = []
+
+    def noted(planned: Sequence[PlannedRequest], target: Target, options: LoadOptions) -> LoadResult:
+        due.append([request.at for request in planned])
+        return run_load(planned, target, options)
+
+    monkeypatch.setattr(sweep, "run_load", noted)
     given = ["--policies", "static", "--layouts", "4", "--request-rate", "1", "--rate-scales", "1", "4"]
     assert swept(server, tmp_path, *given) == 0
     slow, fast = saved(tmp_path)
     assert (slow["request_rate"], fast["request_rate"]) == (1.0, 4.0)
-    planned = arrival_times(3, 1.0, 1.0, 1)
-    for run, scale in ((slow, 1.0), (fast, 4.0)):
+    assert due == [[at / scale for at in arrival_times(3, 1.0, 1.0, 1)] for scale in (1.0, 4.0)]
+    for run, times in zip((slow, fast), due, strict=True):
         # Never early; late by what a busy machine takes.
-        assert all(start >= at / scale - 0.001 for start, at in zip(run["start_times"], planned, strict=True))
-    assert fast["start_times"][-1] < planned[-1]
+        assert all(start >= at - 0.001 for start, at in zip(run["start_times"], times, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["auto", "static"])
@@ -235,9 +244,10 @@ def press_ctrl_c(layout: str) -> None:
 
 @pytest.mark.usefixtures("python_s_sigint")
 def test_ctrl_c_during_a_run_keeps_its_part_and_begins_no_other(server: Scripted, tmp_path: Path) -> None:
-    """The last request would leave 3 s after the start."""
+    """The first request presses it; the others would not leave for five minutes."""
     server.on_prompt = press_ctrl_c
-    assert swept(server, tmp_path, "--layouts", "4", "2+2", "--request-rate", "1") == 130
+    given = ["--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "1000", "--ramp-up-end-rps", "1e-9"]
+    assert swept(server, tmp_path, "--layouts", "4", "2+2", *given) == 130
     assert [(run["configuration"], run["interrupted"]) for run in saved(tmp_path)] == [("4", True)]
     assert server.changes == [("4", "static"), ("2+2", "auto")]
 
