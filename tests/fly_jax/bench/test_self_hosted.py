@@ -14,13 +14,13 @@ from fly_jax.bench.self_hosted import ENDING_SIGNALS, stopping_on_signals
 
 # Stands for the benchmark: it says when it can be told to end, and that what it started has been stopped.
 BENCHMARK = """
-import signal, sys, time
+import signal, sys
 from fly_jax.bench.self_hosted import stopping_on_signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN if "ignored" in sys.argv else signal.SIG_DFL)
 with stopping_on_signals():
     try:
         print("ready", flush=True)
-        time.sleep(0.2 if "ignored" in sys.argv else 60)
+        sys.stdin.readline()
     finally:
         signal.raise_signal(signal.SIGHUP)
         print("stopped", flush=True)
@@ -28,12 +28,13 @@ with stopping_on_signals():
 
 
 def told(number: int, *arguments: str) -> tuple[int, str]:
-    """What such a process ends with when it gets this signal, and what it prints after that."""
-    with subprocess.Popen([sys.executable, "-c", BENCHMARK, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    """What such a process ends with when it gets this signal and then a line, and what it prints after that."""
+    command = [sys.executable, "-c", BENCHMARK, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate("go on\n", timeout=120)
     return process.returncode, printed
 
 
