@@ -44,11 +44,12 @@ def peak_of(action):
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        action()
+        kept = action()
     finally:
         stop.set()
         sampler.join()
-    return peak - before
+    # On a busy machine the sampler may not have run since the last of the result came.
+    return max(peak, anonymous()) - before
 
 hf, out = Path(sys.argv[1]), Path(sys.argv[2])
 spec = model_spec(ModelConfig.from_folder(hf), 4, jnp.dtype("float32"))
@@ -73,7 +74,7 @@ def test_peak_is_at_most_a_fifth_above_one_replica(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out")]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     ratios = json.loads(done.stdout.splitlines()[-1])
     assert ratios["replica"] > 100e6
