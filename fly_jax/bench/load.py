@@ -15,7 +15,7 @@ from typing import Protocol
 from fly_jax.bench.client import StreamingClient, Target
 from fly_jax.bench.requests import PlannedRequest, RequestRecord
 from fly_jax.bench.run_progress import RunProgress
-from fly_jax.bench.timeline import POLL_SECONDS, LayoutTimeline, LayoutWatcher
+from fly_jax.bench.timeline import LayoutTimeline, LayoutWatcher
 from fly_jax.errors import ConfigError
 
 SPARE_FILES = 64
@@ -193,7 +193,7 @@ async def run_load_async(planned: Sequence[PlannedRequest], target: Target, opti
     async with StreamingClient(target, clock.now) as client:
         ordered = sorted(planned, key=lambda request: request.at)
         prepared = [PreparedRequest(request, client.encode(request)) for request in ordered]
-        watcher = LayoutWatcher(partial(client.get_json, "/layout", timeout=4 * POLL_SECONDS), clock.now)
+        watcher = LayoutWatcher(partial(client.get_json, "/layout"), clock.now)
         await _warm_up(prepared[: options.warmups], client, options.max_concurrency)
         has_layouts = options.watch_layout and await watcher.start()
         with RunProgress(len(planned), options.show_progress) as progress:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 POLL_SECONDS = 0.25
+# How long an answer is waited for: a late poll is only left out, but without the first answer there is no timeline.
+POLL_TIMEOUT_SECONDS = 4 * POLL_SECONDS
+START_TIMEOUT_SECONDS = 60.0
 
-Fetch = Callable[[], Awaitable[dict[str, Any] | None]]
+Fetch = Callable[[float], Awaitable[dict[str, Any] | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class LayoutWatcher:
     """Polls a server and puts together its timeline.
 
     Args:
-        fetch: what ``GET /layout`` returns; None where there is no such thing, or no answer in time.
+        fetch: what ``GET /layout`` returns; None where there is no such thing, or no answer in so many seconds.
         clock: seconds from the start of the run.
     """
 
@@ -55,7 +58,7 @@ class LayoutWatcher:
 
     async def start(self) -> bool:
         """Reads the first layout; False if the server has none, and nothing more is to be asked of it."""
-        state = await self._fetch()
+        state = await self._fetch(START_TIMEOUT_SECONDS)
         if state is None or not {"layout", "switch_history"} <= state.keys():
             return False
         self._switches_before = max((report["number"] for report in state["switch_history"]), default=0)
@@ -70,7 +73,7 @@ class LayoutWatcher:
 
     async def poll(self) -> None:
         """Notes what has happened since the last poll; an unanswered one is left out."""
-        state = await self._fetch()
+        state = await self._fetch(POLL_TIMEOUT_SECONDS)
         if state is not None:
             self._note(state, self._clock())
 

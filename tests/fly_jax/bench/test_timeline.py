@@ -22,7 +22,7 @@ def watched(answers: Sequence[State]) -> tuple[bool, LayoutTimeline]:
     async def main() -> tuple[bool, LayoutTimeline]:
         left = list(answers)
 
-        async def fetch() -> State:
+        async def fetch(_: float) -> State:
             return left.pop(0)
 
         watcher = LayoutWatcher(fetch, lambda: float(len(answers) - len(left) - 1))
@@ -66,3 +66,21 @@ def test_reports_that_left_the_history_still_count() -> None:
 def test_other_servers_have_no_timeline() -> None:
     for answer in (None, {"detail": "Not Found"}, {"layout": "wide"}):
         assert watched([answer]) == (False, LayoutTimeline())
+
+
+def test_the_first_answer_is_waited_for_and_a_late_poll_is_soon_left_out() -> None:
+    waited: list[float] = []
+
+    async def fetch(seconds: float) -> State:
+        waited.append(seconds)
+        return state("4")
+
+    async def main() -> None:
+        watcher = LayoutWatcher(fetch, lambda: 0.0)
+        await watcher.start()
+        await watcher.poll()
+
+    asyncio.run(main())
+    at_start, of_a_poll = waited
+    assert at_start >= 60
+    assert of_a_poll <= 1
