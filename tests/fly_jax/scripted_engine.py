@@ -16,7 +16,7 @@ from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStra
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.switch_log import SwitchTicket
 
-TIMEOUT = 30.0  # only ever reached by a thread that hangs
+TIMEOUT = 120.0  # only ever reached by a thread that hangs
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
 
 

@@ -16,7 +16,7 @@ import openai
 from serving import EngineClient, ServerOptions, bind, serve
 from serving.server import HttpServer
 
-START_TIMEOUT = 30.0
+HANG_SECONDS = 120  # only something that waits for ever takes this long
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,25 @@ def live_server(engine: EngineClient, options: ServerOptions | None = None) -> I
 
     thread = threading.Thread(target=main, name="live-server", daemon=True)
     thread.start()
-    assert ready.wait(START_TIMEOUT)
+    assert ready.wait(HANG_SECONDS)
     if failures:
         raise failures[0]
     [handle] = handles
     key = options.api_key or "none"
-    client = openai.OpenAI(base_url=f"{handle.url}/v1", api_key=key, max_retries=0, timeout=30)
+    client = openai.OpenAI(base_url=f"{handle.url}/v1", api_key=key, max_retries=0, timeout=HANG_SECONDS)
     try:
-        with httpx.Client(base_url=handle.url, timeout=30) as http, client:
+        with httpx.Client(base_url=handle.url, timeout=HANG_SECONDS) as http, client:
             yield LiveServer(handle.url, options, http, client, handle)
     finally:
         handle.request_stop()
-        thread.join(START_TIMEOUT)
+        thread.join(HANG_SECONDS)
         sock.close()
     assert not thread.is_alive()
     if failures:
         raise failures[0]
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout: float = HANG_SECONDS) -> bool:
     """Waits for something that another thread does."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.live import LiveServer, eventually
+from tests.serving.live import HANG_SECONDS, LiveServer, eventually
 from tests.serving.scripted_engine import ScriptedEngine
 
 
@@ -24,7 +24,7 @@ def started(engine: ScriptedEngine, request_id: str) -> int:
 def post_raw(server: LiveServer, path: str, body: dict[str, Any]) -> socket.socket:
     """Sends a request and hands over the connection, to be closed at will."""
     content = json.dumps(body).encode()
-    connection = socket.create_connection((server.handle.host, server.handle.port), timeout=30)
+    connection = socket.create_connection((server.handle.host, server.handle.port), timeout=HANG_SECONDS)
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
@@ -62,7 +62,7 @@ def test_leaving_a_chat_stream_halfway(server: LiveServer, engine: ScriptedEngin
 
 
 def test_leaving_in_the_middle_of_the_body(server: LiveServer, http: httpx.Client) -> None:
-    with socket.create_connection((server.handle.host, server.handle.port), timeout=30) as connection:
+    with socket.create_connection((server.handle.host, server.handle.port), timeout=HANG_SECONDS) as connection:
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
         )

@@ -18,7 +18,7 @@ import pytest
 from fly_jax.errors import ConfigError
 from serving import ServerOptions, bind, run
 from serving.server import ready_line
-from tests.serving.live import eventually, live_server
+from tests.serving.live import HANG_SECONDS, eventually, live_server
 from tests.serving.scripted_engine import REPLY, ScriptedEngine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_the_address_shown_works_here(host: str, shown: str) -> None:
 
 def test_open_requests_may_end_before_the_server_does() -> None:
     engine = ScriptedEngine()
-    with live_server(engine, ServerOptions(shutdown_timeout=30)) as server:
+    with live_server(engine, ServerOptions(shutdown_timeout=HANG_SECONDS)) as server:
         body = {"prompt": "@endless @say x", "max_tokens": None, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as endless:
             lines = endless.iter_lines()
@@ -118,7 +118,7 @@ def test_what_runs_too_long_is_told_so() -> None:
         whole: list[httpx.Response] = []
         thread = threading.Thread(
             target=lambda: whole.append(
-                httpx.post(f"{server.url}/v1/completions", json={"prompt": "@silent"}, timeout=30)
+                httpx.post(f"{server.url}/v1/completions", json={"prompt": "@silent"}, timeout=HANG_SECONDS)
             )
         )
         thread.start()
@@ -129,7 +129,7 @@ def test_what_runs_too_long_is_told_so() -> None:
             assert eventually(lambda: engine.running == 2)
             server.handle.request_stop()
             *_, last, done = [line for line in lines if line]
-        thread.join(30)
+        thread.join(HANG_SECONDS)
     assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "shutting_down")
@@ -143,16 +143,16 @@ def test_a_signal_ends_in_an_orderly_shutdown(number: signal.Signals) -> None:
         assert process.stdout is not None
         line = process.stdout.readline()
         words = shlex.split(line)
-        answer = httpx.post(words[2], json=json.loads(words[-1]), timeout=30)
+        answer = httpx.post(words[2], json=json.loads(words[-1]), timeout=HANG_SECONDS)
         assert answer.json()["choices"][0]["text"] == REPLY
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out, err) == (0, "shut down\n", "")
 
 
 def _refuses(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port), timeout=HANG_SECONDS).close()
     except OSError:
         return True
     return False

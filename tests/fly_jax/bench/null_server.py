@@ -90,12 +90,12 @@ def null_server(on_request: Callable[[bytes], None] = lambda _: None) -> Iterato
 
     thread = threading.Thread(target=main, name="null-server", daemon=True)
     thread.start()
-    assert is_up.wait(30)
+    assert is_up.wait(120)
     try:
         yield f"http://127.0.0.1:{ports[0]}"
     finally:
         loop.call_soon_threadsafe(task.cancel)
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
         loop.close()
 

@@ -183,13 +183,13 @@ def test_ctrl_c_keeps_the_partial_result() -> None:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert is_up.wait(30)
+    assert is_up.wait(120)
     try:
         plan = [planned(0.0), planned(0.0), planned(3600.0)]
         result = run_load(plan, Target(ready[0], "m"), LoadOptions(watch_layout=False, show_progress=False))
     finally:
         is_over.set()
-        thread.join(30)
+        thread.join(120)
     assert result.sent.interrupted
     assert [record.error for record in result.sent.records] == [INTERRUPTED] * 2
 
