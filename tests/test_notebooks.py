@@ -84,9 +84,18 @@ def unshown_claims(notebook: NotebookNode, stem: str) -> list[str]:
     return [claim for claim in CLAIMS[stem] if not any(re.fullmatch(claim, line) for line in lines)]
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For programs of this worker's notebooks alone: jax warns of a file that another process still writes."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.slow
 @each_notebook
-def test_it_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_from_a_clean_kernel(
+    path: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLY_JAX_CACHE_DIR", str(compiled))
     for name in ("XLA_FLAGS", "NPROC"):  # the devices of the tests: a notebook has to configure its own
         monkeypatch.delenv(name, raising=False)
     executed = execute(Path(shutil.copy(path, tmp_path)))
