@@ -26,7 +26,11 @@ CLAIMS = {
         r"1 distinct text\(s\): .*",
         r"compiles after warm-up: 0",
     ),
-    "02_watching_a_burst": (r"72 answers, 1728 tokens", r"\d+\. 4 -> 1\+1\+1\+1: .* running requests moved"),
+    # A machine that is slow enough goes narrow by way of 2+2.
+    "02_watching_a_burst": (
+        r"72 answers, 1728 tokens",
+        r"\d+\. 4 -> (2\+2|1\+1\+1\+1): .* running requests moved",
+    ),
     "03_inside_zero_copy": (
         r"4 +(\d+) of \1 views inside resident buffers",
         r"a copy is inside: False",
