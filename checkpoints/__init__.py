@@ -6,7 +6,9 @@
 - ``prepare``: loads either kind of folder.
 """
 
+from checkpoints.assemble import row_range
 from checkpoints.prepare import load_weights
 from checkpoints.prepared import PreparedInfo, convert, prepared_info
+from checkpoints.progress import Progress
 
-__all__ = ["PreparedInfo", "convert", "load_weights", "prepared_info"]
+__all__ = ["PreparedInfo", "Progress", "convert", "load_weights", "prepared_info", "row_range"]

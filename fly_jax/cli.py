@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fly_jax import __version__
-from fly_jax.config import ATTENTION_BACKENDS, DTYPES, POLICIES, SCHEDULING_POLICIES, EngineConfig
+from fly_jax.config import ATTENTION_BACKENDS, DTYPES, LOAD_FORMATS, POLICIES, SCHEDULING_POLICIES, EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
@@ -20,6 +20,7 @@ from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
 Command = Callable[[argparse.Namespace], int]
 
 USAGE_ERROR = 2
+LOAD_FORMAT_HELP = "dummy: random weights from config.json alone, to measure speed without a download (default: auto)"
 OWN_LOGGERS = ("fly_jax", "serving", "checkpoints")
 STRATEGIES = tuple(strategy.value for strategy in SwitchStrategy)
 
@@ -255,6 +256,7 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
 def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's")
+    engine.add_argument("--load-format", choices=LOAD_FORMATS, default="auto", help=LOAD_FORMAT_HELP)
     engine.add_argument("--max-model-len", type=int, help="context limit in tokens (default: the model's)")
     engine.add_argument(
         "--max-num-seqs", type=int, default=32, help="requests running at once in a group (default: %(default)s)"

@@ -12,6 +12,7 @@ from fly_jax.outputs import SwitchStrategy
 # Two tiles: one that decodes may have to share, and one of prompt.
 MIN_PROMPT_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16")
+LOAD_FORMATS = ("auto", "dummy")
 POLICIES = ("auto", "load_adaptive", "static")
 SCHEDULING_POLICIES = ("priority", "fcfs")
 ATTENTION_BACKENDS = ("auto", "xla", "pallas")
@@ -43,6 +44,8 @@ class EngineConfig:
         scheduling_policy: ``priority``: a request with a lower priority number runs first; ``fcfs`` ignores it.
         base_tp: smallest TP degree that holds the model; None: found from the memory.
         dtype: ``auto`` keeps the checkpoint's.
+        load_format: ``dummy`` draws random weights on the devices from ``config.json`` alone, for measuring speed;
+            ``auto`` reads the folder's.
         max_model_len: context limit in tokens; None: the model's own.
         max_num_seqs: most requests running at once in one group.
         max_num_batched_tokens: most tokens one step of one group computes.
@@ -67,6 +70,7 @@ class EngineConfig:
     scheduling_policy: str = "priority"
     base_tp: int | None = None
     dtype: str = "auto"
+    load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -84,6 +88,7 @@ class EngineConfig:
         object.__setattr__(self, "model", Path(self.model))
         for name, choices in (
             ("dtype", DTYPES),
+            ("load_format", LOAD_FORMATS),
             ("policy", POLICIES),
             ("switch_strategy", tuple(SwitchStrategy)),
             ("scheduling_policy", SCHEDULING_POLICIES),

@@ -18,7 +18,7 @@ from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
 from fly_jax.models.config import ModelConfig, read_json, serving_dtype
 from fly_jax.models.sharding import ModelSpec, model_spec
 from fly_jax.platform import host_memory_bytes, start_devices
-from fly_jax.tokenizer import Tokenizer
+from fly_jax.tokenizer import Tokenizer, placeholder_tokenizer
 from kernels_pallas import default_backend
 
 # Without an accelerator's memory to fill, the pools hold this many full contexts a device, within a share of the host.
@@ -62,7 +62,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     """
     folder = _model_folder(config.model)
     model_config = ModelConfig.from_folder(folder)
-    tokenizer = Tokenizer(folder)
+    tokenizer = _tokenizer(config, folder, model_config)
     devices = _devices(config)
     spec = _model_spec(config, folder, model_config, len(devices))
     memory = _device_memory(config, devices)
@@ -94,6 +94,13 @@ def _model_folder(path: Path) -> Path:
     return path
 
 
+def _tokenizer(config: EngineConfig, folder: Path, model: ModelConfig) -> Tokenizer:
+    """The folder's; dummy weights need no more than ``config.json``, so bytes stand for text where there is none."""
+    if config.load_format == "dummy" and not Tokenizer.is_in(folder):
+        return placeholder_tokenizer(model.vocab_size)
+    return Tokenizer.of_folder(folder)
+
+
 def _devices(config: EngineConfig) -> tuple[jax.Device, ...]:
     present = start_devices()
     count = config.devices or len(present)
@@ -107,7 +114,7 @@ def _attention_backend(config: EngineConfig, devices: tuple[jax.Device, ...]) ->
 
 
 def _model_spec(config: EngineConfig, folder: Path, model: ModelConfig, num_devices: int) -> ModelSpec:
-    prepared = prepared_info(folder)
+    prepared = None if config.load_format == "dummy" else prepared_info(folder)
     stored = prepared.dtype if prepared is not None else model.dtype
     dtype = jnp.dtype(serving_dtype(config.dtype, stored))
     return model_spec(model, _max_tp(folder, prepared, num_devices), dtype)

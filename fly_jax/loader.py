@@ -15,6 +15,7 @@ from checkpoints import load_weights
 from fly_jax.config import EngineConfig
 from fly_jax.device_arrays import DeviceArrays
 from fly_jax.device_groups import DeviceMeshes
+from fly_jax.dummy_weights import draw_resident
 from fly_jax.engine_plan import EnginePlan, plan_engine
 from fly_jax.executables import CompileCounter, ExecutableKey, ProgramLowerer, compile_all
 from fly_jax.platform import cache_dir
@@ -66,7 +67,7 @@ def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: Progres
         CheckpointError, CompileError: one line that says what to do.
     """
     meshes = DeviceMeshes(plan.devices, plan.base_tp)
-    weights = WeightsManager(plan.shapes.model, meshes, _load_host(plan, report))
+    weights = _load_weights(plan, meshes, report)
     kv = plan.shapes.kv
     pool = DeviceArrays(meshes, (kv.num_blocks, kv.block_elements), storage_dtype(plan.shapes.dtype))
     enable_compilation_cache()
@@ -92,6 +93,14 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _load_weights(plan: EnginePlan, meshes: DeviceMeshes, report: Progress) -> WeightsManager:
+    spec = plan.shapes.model
+    if plan.config.load_format == "dummy":
+        drawn = draw_resident(spec, meshes, plan.config.seed, lambda done, total: report("loading", done, total))
+        return WeightsManager(spec, meshes, drawn)
+    return WeightsManager.from_host(spec, meshes, _load_host(plan, report))
 
 
 def _load_host(plan: EnginePlan, report: Progress) -> list[Mapping[str, np.ndarray]]:

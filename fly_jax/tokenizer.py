@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from fly_jax.chat_template import ChatTemplate
 from fly_jax.errors import CheckpointError, InvalidRequestError
 
+_FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
 # Tokens that may wait for the rest of a character: far more than the four that one can have, since bytes before it
 # that are no UTF-8 wait with it.
@@ -22,28 +26,37 @@ _KEPT = 16
 
 
 class Tokenizer:
-    """Text to token ids and back, and messages to a prompt.
+    """Text to token ids and back, and messages to a prompt."""
 
-    Raises:
-        CheckpointError: the folder has no usable ``tokenizer.json``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise CheckpointError(
-                f"{path} is missing: fly-jax needs the fast tokenizer's file; fetch it with the model"
-            )
-        try:
-            self._tokenizer = HFTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every kind of damage
-            raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
+    def __init__(self, tokenizer: HFTokenizer, template: ChatTemplate | None = None) -> None:
+        self._tokenizer, self._template = tokenizer, template
         # The file may keep the settings of a training run, which would cut prompts or fill them up unasked.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._template = ChatTemplate.load(folder)
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether the folder has a tokenizer's file, usable or not."""
+        return (folder / _FILE).exists()
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Tokenizer:
+        """
+        Raises:
+            CheckpointError: the folder has no usable ``tokenizer.json``.
+        """
+        path = folder / _FILE
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is missing: fly-jax needs the fast tokenizer's file; fetch it with the model"
+            )
+        try:
+            tokenizer = HFTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of damage
+            raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
+        return cls(tokenizer, ChatTemplate.load(folder))
 
     @property
     def has_chat_template(self) -> bool:
@@ -69,6 +82,26 @@ class Tokenizer:
         if self._template is None:
             raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
+    """For weights that mean nothing: a byte of UTF-8 is a token, and each further id a word of its own, `` t300``.
+
+    Raises:
+        CheckpointError: the vocabulary is smaller than the bytes.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    if vocab_size < len(alphabet):
+        raise CheckpointError(
+            f"vocab_size {vocab_size} is less than the {len(alphabet)} bytes that stand for text where there is no "
+            f"{_FILE}: put one into the folder"
+        )
+    words = {character: index for index, character in enumerate(alphabet)}
+    words |= {f"\u0120t{index}": index for index in range(len(alphabet), vocab_size)}  # \u0120 is a byte-level space
+    tokenizer = HFTokenizer(BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return Tokenizer(tokenizer)
 
 
 class TextStream:

@@ -21,20 +21,30 @@ class WeightsManager:
     replicated one. Buffers are written once and never donated: donating one view would delete the others.
 
     Args:
-        host: for each base shard ``s``, its prepared buffers by name. Arrays are 64-byte aligned, so that CPU
-            devices alias them instead of copying: replicas of virtual devices are one host copy.
+        resident: the buffers of each device by name, in device order.
     """
 
-    def __init__(self, spec: ModelSpec, meshes: DeviceMeshes, host: list[Mapping[str, np.ndarray]]) -> None:
+    def __init__(self, spec: ModelSpec, meshes: DeviceMeshes, resident: tuple[dict[str, Array], ...]) -> None:
         self.spec = spec
         self.meshes = meshes
         self.base_tp = meshes.base_tp
-        self._host = host  # CPU devices alias it
-        self.resident: tuple[dict[str, Array], ...] = tuple(
-            {name: jax.device_put(array, device) for name, array in host[index % self.base_tp].items()}
+        self.resident = jax.block_until_ready(resident)
+        self._host: list[Mapping[str, np.ndarray]] = []
+
+    @classmethod
+    def from_host(cls, spec: ModelSpec, meshes: DeviceMeshes, host: list[Mapping[str, np.ndarray]]) -> WeightsManager:
+        """
+        Args:
+            host: for each base shard ``s``, its prepared buffers by name. Arrays are 64-byte aligned, so that CPU
+                devices alias them instead of copying: replicas of virtual devices are one host copy.
+        """
+        resident = tuple(
+            {name: jax.device_put(array, device) for name, array in host[index % meshes.base_tp].items()}
             for index, device in enumerate(meshes.devices)
         )
-        jax.block_until_ready(self.resident)
+        weights = cls(spec, meshes, resident)
+        weights._host = host  # CPU devices alias it
+        return weights
 
     @property
     def resident_bytes(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from fly_jax.bench import results, terminal
+from fly_jax.bench.load_format import add_load_format
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.plan_limits import FIRST_RANDOM_ID
 from fly_jax.bench.prompts import Prompt, RandomPrompts
@@ -77,6 +78,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, input_len: int, out
         "--output-len", type=int, default=output_len, help="tokens of each answer (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's (default: auto)")
+    add_load_format(parser)
     parser.add_argument(
         "--attention-backend", choices=ATTENTION_BACKENDS, default="auto",
         help="pallas: our GPU kernels; xla: plain JAX (default: auto, which is pallas on a GPU)",
@@ -173,6 +175,7 @@ def loaded_engine(options: argparse.Namespace, max_num_seqs: int) -> Iterator[Of
         "layout": options.layout[0] if options.layout else None,
         "policy": "static",
         "dtype": options.dtype,
+        "load_format": options.load_format,
         "attention_backend": options.attention_backend,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max(LEAST_BATCHED_TOKENS, max_num_seqs + MIN_PROMPT_TOKENS),

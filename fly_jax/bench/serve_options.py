@@ -9,6 +9,7 @@ from types import ModuleType
 
 from fly_jax.bench import results
 from fly_jax.bench.arrivals import RAMP_UP_STRATEGIES
+from fly_jax.bench.load_format import add_load_format
 from fly_jax.bench.workload_files import KINDS, RANDOM, known_workloads
 from fly_jax.errors import ConfigError
 
@@ -72,6 +73,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--self-hosted", type=Path, metavar="MODEL_DIR", help="start 'fly-jax serve MODEL_DIR' for the run instead"
     )
+    add_load_format(group)
     group.add_argument("--host", default="127.0.0.1", help="of a running server (default: %(default)s)")
     group.add_argument("--port", type=int, default=8000, help="of a running server (default: %(default)s)")
     group.add_argument(

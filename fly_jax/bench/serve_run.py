@@ -69,6 +69,8 @@ def check(options: argparse.Namespace) -> ServeRun:
         raise ConfigError(
             f"--workload {options.workload} and --dataset-name {options.dataset_name} both say what is sent: give one"
         )
+    if options.load_format != "auto" and options.self_hosted is None:
+        raise ConfigError("--load-format needs --self-hosted: a running server has its weights already")
     if options.server_args and options.self_hosted is None:
         raise ConfigError("--server-args needs --self-hosted: a running server has its arguments already")
     ramp_up = _ramp_up(options)
@@ -89,7 +91,7 @@ def check(options: argparse.Namespace) -> ServeRun:
         load=LoadOptions(options.max_concurrency, options.num_warmups, show_progress=not options.disable_tqdm),
         goodput=parse_goodput(options.goodput),
         percentiles=tuple(_percentile(each) for each in options.metric_percentiles.split(",")),
-        server_arguments=split_server_arguments(options.server_args),
+        server_arguments=["--load-format", options.load_format, *split_server_arguments(options.server_args)],
         base_url=base_url.rstrip("/"),
         endpoint=endpoint,
         headers=_pairs("--header", options.header),

@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fly_jax.bench import results, terminal
+from fly_jax.bench.load_format import add_load_format
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.result_files import short_layout
 from fly_jax.cli import STRATEGIES
@@ -103,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="devices of the engine; on CPU that many virtual ones (default: %(default)s)",
     )
+    add_load_format(parser)
     parser.add_argument(
         "--streams", type=int, default=16, help="requests in flight at each switch (default: %(default)s)"
     )
@@ -236,6 +238,7 @@ class _Bench:
         self._streams, self._devices, self._random = options.streams, options.devices, random.Random(options.seed)
         self._config = EngineConfig(
             model=options.model or MODEL,
+            load_format=options.load_format,
             devices=options.devices,
             layouts=tuple(layouts),
             policy="static",

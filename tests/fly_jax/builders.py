@@ -58,4 +58,4 @@ def make_tokenizer(folder: Path, **options: Any) -> Tokenizer:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(config)), encoding="utf-8")
     options = {name: value for name, value in (tokenizer_config(config) | options).items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
-    return Tokenizer(folder)
+    return Tokenizer.of_folder(folder)

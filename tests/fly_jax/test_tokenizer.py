@@ -177,7 +177,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_by_path(
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=message) as caught:
-        Tokenizer(tmp_path)
+        Tokenizer.of_folder(tmp_path)
     assert str(tmp_path / "tokenizer.json") in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -190,7 +190,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path: Path) -> 
         "pad_token": "x",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = Tokenizer(tmp_path)
+    tokenizer = Tokenizer.of_folder(tmp_path)
     assert tokenizer.encode("ab", add_special_tokens=False) == list(b"ab")
     assert tokenizer.encode("abcdefgh", add_special_tokens=False) == list(b"abcdefgh")
 
@@ -412,4 +412,4 @@ def test_settings_that_are_no_json_object_are_refused_by_path(tmp_path: Path) ->
     make_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(["not", "an", "object"]))
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json holds list, expected a JSON object"):
-        Tokenizer(tmp_path)
+        Tokenizer.of_folder(tmp_path)

@@ -25,7 +25,7 @@ MODELS = ("llama_gqa_tied", "qwen2_heads_7_kv_1", "llama_biases", "llama_ffn_90"
 def manager(folder: Path, base_tp: int, dtype: str = "float32") -> WeightsManager:
     spec = model_spec(ModelConfig.from_folder(folder), max_tp=4, dtype=jnp.dtype(dtype))
     host = [load_weights(folder, spec, spec.dtype, base_shard=(s, base_tp)) for s in range(base_tp)]
-    return WeightsManager(spec, DeviceMeshes(jax.devices()[:4], base_tp), host)
+    return WeightsManager.from_host(spec, DeviceMeshes(jax.devices()[:4], base_tp), host)
 
 
 def leaves(weights: WeightsManager, group: DeviceGroup) -> Iterator[tuple[ParameterSpec, jax.Array]]:
