@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from checkpoints import Progress, row_range
 from fly_jax.device_groups import DeviceMeshes
@@ -15,7 +16,7 @@ from fly_jax.models.partition import Partition
 from fly_jax.models.sharding import ModelSpec, ParameterSpec
 
 # transformers' initializer_range: activations stay of order one.
-_SCALE = 0.02
+_DEVIATION = 0.02
 
 
 def draw_resident(spec: ModelSpec, meshes: DeviceMeshes, seed: int, progress: Progress) -> tuple[dict[str, Array], ...]:
@@ -44,19 +45,25 @@ def draw_resident(spec: ModelSpec, meshes: DeviceMeshes, seed: int, progress: Pr
 
 
 def _draw(key: Array, buffer: ParameterSpec, part: Partition, rows: tuple[int, int]) -> Array:
-    """Some rows of a buffer: ones for norms, normal values for the rest."""
+    """Some rows of a buffer: ones for norms, uniform values around zero for the rest."""
     if "norm" in buffer.name:
         return jnp.ones((rows[1] - rows[0], *buffer.shape[1:]), buffer.dtype, device=next(iter(key.devices())))
     copied = part if part.kv_copies > 1 and buffer.name.endswith((".qkv", ".qkv_bias")) else None
-    return _normal(key, buffer.shape, buffer.dtype, copied, rows)
+    return _uniform(key, buffer.shape, buffer.dtype, copied, rows)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _normal(
+def _uniform(
     key: Array, shape: tuple[int, ...], dtype: jnp.dtype, copied: Partition | None, rows: tuple[int, int]
 ) -> Array:
-    """One program for all layers: it knows shapes, not names."""
-    values = _SCALE * jax.random.normal(key, shape, dtype)
+    """One program for all layers: it knows shapes, not names.
+
+    Of 16 random bits a value: on two cores, 67 million take 0.4 s of drawing, and normal ones 2.9 s.
+    """
+    size = math.prod(shape)
+    bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    steps = lax.bitcast_convert_type(bits, jnp.int16).reshape(-1)[:size].reshape(shape)
+    values = (steps.astype(jnp.float32) * (_DEVIATION * math.sqrt(3) / 2**15)).astype(dtype)
     return (values if copied is None else _with_equal_copies(values, copied))[rows[0] : rows[1]]
 
 
