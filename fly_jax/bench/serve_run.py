@@ -91,13 +91,18 @@ def check(options: argparse.Namespace) -> ServeRun:
         load=LoadOptions(options.max_concurrency, options.num_warmups, show_progress=not options.disable_tqdm),
         goodput=parse_goodput(options.goodput),
         percentiles=tuple(_percentile(each) for each in options.metric_percentiles.split(",")),
-        server_arguments=["--load-format", options.load_format, *split_server_arguments(options.server_args)],
+        server_arguments=_server_arguments(options),
         base_url=base_url.rstrip("/"),
         endpoint=endpoint,
         headers=_pairs("--header", options.header),
         extra_body=_extra_body(options.extra_body),
         metadata=_metadata(options.metadata),
     )
+
+
+def _server_arguments(options: argparse.Namespace) -> list[str]:
+    dummy = [] if options.load_format == "auto" else ["--load-format", options.load_format]
+    return [*dummy, *split_server_arguments(options.server_args)]
 
 
 def _workload(options: argparse.Namespace) -> tuple[str | None, str]:
