@@ -11,7 +11,7 @@ NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve demo test stress lint format notebooks parity golden check-h200 check-gpu train-demo clean
+.PHONY: help serve demo test stress lint format notebooks parity golden check-h200 check-gpu gpu-report train-demo clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -73,6 +73,10 @@ check-h200: $(VENV)/.dev
 # make check-gpu    tests the kernels on a real GPU
 check-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
+
+# make gpu-report    what one GPU can tell in eight minutes, in build/gpu
+gpu-report: $(VENV)/.dev
+	$(BIN)/python -m fly_jax.bench gpu --out build/gpu
 
 # make train-demo    trains the bundled model again (under an hour on two cores)
 train-demo: $(VENV)/.dev

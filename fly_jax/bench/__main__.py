@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from fly_jax.bench import kernels, latency, report, serve_options, sweep_options, switch, terminal, throughput
+from fly_jax.bench import gpu, kernels, latency, report, serve_options, sweep_options, switch, terminal, throughput
 from fly_jax.cli import Parser
 from fly_jax.errors import FlyJaxError
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, dict[str, tuple[ModuleType, str]]] = {
     "What does one part of it cost?": {
         "switch": (switch, "what each way of changing the layout costs requests in flight"),
         "kernels": (kernels, "how near attention comes to what the device can do"),
+        "gpu": (gpu, "all of this and the engine on one GPU, in eight minutes"),
     },
     "How do I show results to others?": {
         "report": (report, "one HTML page with tables and pictures from result files"),
