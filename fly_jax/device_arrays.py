@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.layout import DeviceGroup
@@ -24,10 +25,8 @@ class DeviceArrays:
     def __init__(self, meshes: DeviceMeshes, shape: tuple[int, int], dtype: np.dtype) -> None:
         self.meshes = meshes
         self.device_shape, self.dtype = shape, np.dtype(dtype)
-        zeros = np.zeros(shape, self.dtype)
-        # may_alias=False: the arrays are donated and written, so virtual CPU devices must not share one host array.
         self._arrays: dict[int, Array] = {
-            index: jax.device_put(zeros, device, may_alias=False) for index, device in enumerate(meshes.devices)
+            index: _zeros(shape, self.dtype, device) for index, device in enumerate(meshes.devices)
         }
         self._wrapped: dict[DeviceGroup, Array] = {}
 
@@ -58,3 +57,12 @@ class DeviceArrays:
         for other in [each for each in self._wrapped if each.overlaps(group)]:
             shards = {shard.device: shard.data for shard in self._wrapped.pop(other).addressable_shards}
             self._arrays.update({index: shards[self.meshes.devices[index]] for index in other.device_indices})
+
+
+def _zeros(shape: tuple[int, int], dtype: np.dtype, device: jax.Device) -> Array:
+    """An array that a program on the device makes there, as a pool may be larger than the host's memory.
+
+    ``jnp.zeros(..., device=device)`` would make it on the first device and copy it, and virtual CPU devices would share
+    its buffer; the arrays are donated and written.
+    """
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=SingleDeviceSharding(device))()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -190,6 +190,18 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len or own
 
 
+def with_kept_free(plan: EnginePlan, kept_free: int) -> EnginePlan:
+    """The same plan with KV pools that leave this many bytes of a device to running programs.
+
+    Raises:
+        ModelTooLargeError: the blocks that were asked for do not fit then, or none does.
+    """
+    shapes, config = plan.shapes, plan.config
+    memory = _device_memory(config, plan.devices)
+    kv = _kv_spec(config, shapes.model, shapes.max_model_len, memory, plan.base_tp, plan.devices, kept_free)
+    return replace(plan, shapes=replace(shapes, kv=kv))
+
+
 def _kv_spec(
     config: EngineConfig,
     spec: ModelSpec,
@@ -197,25 +209,37 @@ def _kv_spec(
     memory: int,
     base_tp: int,
     devices: tuple[jax.Device, ...],
+    kept_free: int = 0,
 ) -> KVCacheSpec:
     model, part = spec.config, spec.partition
     itemsize = spec.dtype.itemsize
     one = KVCacheSpec(1, config.block_size, model.num_layers, part.kv_heads, model.head_dim, itemsize)
-    free = memory - weight_bytes(spec, base_tp)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    elif devices[0].platform == "cpu":
-        wanted = CPU_FULL_CONTEXTS * one.blocks_for(max_model_len, 1)
-        share = int(free * CPU_KV_SHARE) // (one.block_bytes * len(devices))
-        num_blocks = min(wanted, share)
-    else:
-        num_blocks = free // one.block_bytes
-    if num_blocks * one.block_bytes > free or num_blocks < 1:
+    weights, wanted = weight_bytes(spec, base_tp), config.num_blocks
+    if wanted is None and devices[0].platform == "cpu":
+        share = int((memory - weights - kept_free) * CPU_KV_SHARE) // (one.block_bytes * len(devices))
+        wanted = min(CPU_FULL_CONTEXTS * one.blocks_for(max_model_len, 1), share)
+    return replace(one, num_blocks=fitting_blocks(wanted, one.block_bytes, memory, weights, kept_free))
+
+
+def fitting_blocks(wanted: int | None, block_bytes: int, memory: int, weights: int, kept_free: int) -> int:
+    """KV blocks of one device: as many as wanted; None: all that fit.
+
+    Args:
+        block_bytes, memory, weights: of one device.
+        kept_free: bytes of it that running programs need.
+
+    Raises:
+        ModelTooLargeError: they do not fit, or not one does.
+    """
+    free = memory - weights - kept_free
+    num_blocks = max(1, free // block_bytes) if wanted is None else wanted
+    if num_blocks * block_bytes > free or num_blocks < 1:
         raise ModelTooLargeError(
-            f"{num_blocks} KV blocks of {one.block_bytes:,} bytes do not fit the {max(0, free):,} that the weights "
-            f"leave of a device's {memory:,}: use more memory, a higher TP or fewer blocks"
+            f"{num_blocks} KV blocks of {block_bytes:,} bytes do not fit the {max(0, free):,} that the weights and the "
+            f"{kept_free:,} kept free for programs leave of a device's {memory:,}: use more memory, a higher TP or "
+            f"fewer blocks"
         )
-    return KVCacheSpec(num_blocks, config.block_size, model.num_layers, part.kv_heads, model.head_dim, itemsize)
+    return num_blocks
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:

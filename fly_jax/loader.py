@@ -16,9 +16,10 @@ from fly_jax.config import EngineConfig
 from fly_jax.device_arrays import DeviceArrays
 from fly_jax.device_groups import DeviceMeshes
 from fly_jax.dummy_weights import draw_resident
-from fly_jax.engine_plan import EnginePlan, plan_engine
-from fly_jax.executables import CompileCounter, ExecutableKey, ProgramLowerer, compile_all
+from fly_jax.engine_plan import EnginePlan, plan_engine, with_kept_free
+from fly_jax.executables import CompileCounter, ExecutableKey, ExecutableTable, ProgramLowerer, compile_all
 from fly_jax.platform import cache_dir
+from fly_jax.program_memory import largest_keys, working_bytes
 from fly_jax.runner import ModelRunner
 from fly_jax.weights import WeightsManager
 from kernels_pallas import storage_dtype
@@ -45,7 +46,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     """Plans, loads, compiles and warms up.
 
     Args:
-        progress: called with a phase (``loading``, ``compiling``, ``warming up``), what is done and the total.
+        progress: called with a phase (``measuring`` on accelerators, ``loading``, ``compiling``, ``warming up``), what
+            is done and the total.
 
     Raises:
         ConfigError, LayoutError, CheckpointError, ModelTooLargeError, CompileError: one line that says what to do.
@@ -53,6 +55,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     report = progress or _report_nothing
     plan = plan_engine(config)
     compiles = CompileCounter()
+    if plan.devices[0].platform != "cpu":  # a CPU's pools take a share of the host that leaves room for programs
+        plan = with_kept_free(plan, measure_working_bytes(plan, report))
     keys = [key for group in plan.groups for key in plan.shapes.keys(group)]
     keys += plan.shapes.relayout_keys(plan.groups)
     runner = make_runner(plan, keys, report)
@@ -68,17 +72,37 @@ def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: Progres
     """
     meshes = DeviceMeshes(plan.devices, plan.base_tp)
     weights = _load_weights(plan, meshes, report)
+    executables = _compile(plan, meshes, list(keys), "compiling", report)
+    # After compiling: on a GPU, XLA tries variants of a program in the memory that the pools are about to fill.
     kv = plan.shapes.kv
     pool = DeviceArrays(meshes, (kv.num_blocks, kv.block_elements), storage_dtype(plan.shapes.dtype))
+    return ModelRunner(plan.shapes, meshes, weights, pool, executables)
+
+
+def measure_working_bytes(plan: EnginePlan, report: Progress) -> int:
+    """Bytes of one device that a plan's programs need besides weights and KV, from compiling the largest of them.
+
+    They are compiled again once the number of blocks is settled, since the pools' shape is part of every program.
+
+    Raises:
+        CompileError: naming the first program that failed.
+    """
+    meshes = DeviceMeshes(plan.devices, plan.base_tp)
+    table = _compile(plan, meshes, largest_keys(plan.shapes, plan.groups), "measuring", report)
+    return working_bytes(table.programs.values())
+
+
+def _compile(
+    plan: EnginePlan, meshes: DeviceMeshes, keys: list[ExecutableKey], phase: str, report: Progress
+) -> ExecutableTable:
     enable_compilation_cache()
-    executables = compile_all(
+    return compile_all(
         ProgramLowerer(plan.shapes, meshes),
-        list(keys),
+        keys,
         workers=os.cpu_count() or 1,
         optimization_level=plan.config.optimization_level,
-        progress=lambda done, total: report("compiling", done, total),
+        progress=lambda done, total: report(phase, done, total),
     )
-    return ModelRunner(plan.shapes, meshes, weights, pool, executables)
 
 
 def enable_compilation_cache() -> None:

@@ -28,7 +28,7 @@ class _Bar:
 
 
 class LoadProgress(_Bar):
-    """One bar a phase: loading (in MB), compiling k of n programs, warming up."""
+    """One bar a phase: measuring (accelerators only), loading (in MB), compiling k of n programs, warming up."""
 
     def __init__(self, enabled: bool) -> None:
         columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+
+import jax
 
 from fly_jax.platform import configure_deviceless_cuda
 
 configure_deviceless_cuda()
 
-from fly_jax.executables import StepKind  # noqa: E402  the platform is chosen above
+from fly_jax.config import EngineConfig  # noqa: E402  the platform is chosen above
+from fly_jax.device_groups import DeviceMeshes  # noqa: E402
+from fly_jax.engine_plan import fitting_blocks, weight_bytes  # noqa: E402
+from fly_jax.executables import ProgramLowerer, ProgramShapes, StepKind, compile_all  # noqa: E402
 from fly_jax.inspection import ProgramReport  # noqa: E402
+from fly_jax.layout import all_groups  # noqa: E402
+from fly_jax.program_memory import largest_keys, working_bytes  # noqa: E402
 from fly_jax.relayout_plan import HeadSplits  # noqa: E402
 from tests.fly_jax.programs import check_in_place, check_relayout_in_place, shapes_of_8b  # noqa: E402
-from tests.h200 import node_of_h200s  # noqa: E402
+from tests.h200 import H200, node_of_h200s  # noqa: E402
 
 NUM_LAYERS = 32
 # A copied pool or a copied set of weights would take gigabytes. A relayout between two wide degrees has 16 slabs of
@@ -35,6 +46,7 @@ def main() -> None:
             {"tp": max(source_tp, target_tp), "kind": f"relayout {splits}"},
             partial(check_relayout_in_place, shapes, devices, splits),
         )
+    print(json.dumps(check_memory(devices)), flush=True)
 
 
 def print_report(row: dict[str, object], compile_and_check: Callable[[], ProgramReport]) -> None:
@@ -49,6 +61,40 @@ def print_report(row: dict[str, object], compile_and_check: Callable[[], Program
         "argument_bytes": report.argument_bytes,
     }
     print(json.dumps({**row, **figures}), flush=True)
+
+
+def check_memory(devices: Sequence[jax.Device]) -> dict[str, object]:
+    """Plans the pools of an 8B model at the default options; they, weights and running programs must fit a card."""
+    options = EngineConfig(model=Path("8B"))
+    found = re.search(r"device_memory_size: (\d+)", H200)
+    assert found is not None
+    memory = int(int(found[1]) * options.gpu_memory_utilization)
+    shapes = replace(
+        shapes_of_8b(NUM_LAYERS, max_tp=8, attention_backend="pallas"),
+        max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
+    )  # fmt: skip
+    weights, block_bytes = weight_bytes(shapes.model, shapes.base_tp), shapes.kv.block_bytes
+    first = _with_blocks(shapes, fitting_blocks(None, block_bytes, memory, weights, kept_free=0))
+    kept_free = _working_bytes(first, devices)
+    planned = _with_blocks(shapes, fitting_blocks(None, block_bytes, memory, weights, kept_free))
+    pool = planned.kv.num_blocks * block_bytes
+    working = _working_bytes(planned, devices)  # of the programs that serve, compiled for the pools as they will be
+    assert weights + pool + working <= memory
+    return {
+        "tp": shapes.base_tp, "kind": "memory", "memory_bytes": memory, "weight_bytes": weights, "pool_bytes": pool,
+        "kept_free_bytes": kept_free, "working_bytes": working,
+    }  # fmt: skip
+
+
+def _with_blocks(shapes: ProgramShapes, num_blocks: int) -> ProgramShapes:
+    return replace(shapes, kv=replace(shapes.kv, num_blocks=num_blocks))
+
+
+def _working_bytes(shapes: ProgramShapes, devices: Sequence[jax.Device]) -> int:
+    keys = largest_keys(shapes, all_groups(shapes.num_devices, shapes.base_tp))
+    lowerer, workers = ProgramLowerer(shapes, DeviceMeshes(devices, shapes.base_tp)), os.cpu_count() or 1
+    table = compile_all(lowerer, keys, workers=workers, optimization_level=None, progress=lambda *_: None)
+    return working_bytes(table.programs.values())
 
 
 if __name__ == "__main__":

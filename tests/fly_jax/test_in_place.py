@@ -46,3 +46,5 @@ def test_steps_run_in_place_on_a_node_of_h200s() -> None:
     steps = {(tp, kind) for tp in (1, 2, 4, 8) for kind in ("decode", "mixed")}
     assert steps <= {(r["tp"], r["kind"]) for r in reports}
     assert sum(r["kind"].startswith("relayout") for r in reports) == 6
+    (memory,) = (r for r in reports if r["kind"] == "memory")
+    assert memory["weight_bytes"] + memory["pool_bytes"] + memory["working_bytes"] <= memory["memory_bytes"]
