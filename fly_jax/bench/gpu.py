@@ -98,20 +98,20 @@ def phases(out: Path, *, toy: bool) -> list[Phase]:
     grid = ("--contexts", "64", "--batches", "1") if toy else ("--contexts", "32768", "8192", "512", "131072")
     bench = ("fly_jax.bench",)
     found = [
-        Phase("engine", 1.0, (*bench, "latency", *_one_device(out, "engine"), "--batch-size", "8", *lengths), "engine"),
+        Phase("engine", 2.0, (*bench, "latency", *_one_device(out, "engine"), "--batch-size", "8", *lengths), "engine"),
         Phase("oracle", 2.0, ("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels_pallas")),
     ]
     for size in sizes:
         name = f"model-batch-{size}"
         dummy = ("--model", model, "--load-format", "dummy", "--batch-size", str(size))
-        found.append(Phase(name, 1.0, (*bench, "latency", *_one_device(out, name), *dummy, *lengths), name))
+        found.append(Phase(name, 2.0, (*bench, "latency", *_one_device(out, name), *dummy, *lengths), name))
     prompt = ("--input-len", "64" if toy else "8192", "--output-len", "1", "--batch-size", "1", "--num-iters", "2")
     dummy = ("--model", model, "--load-format", "dummy", "--num-iters-warmup", "1")
     found.append(Phase("prompt", 1.0, (*bench, "latency", *_one_device(out, "prompt"), *dummy, *prompt), "prompt"))
     save = ("--save-result", "--result-dir", str(out))
     found.append(Phase("attention", 3.0, (*bench, "kernels", *grid, "--degrees", "1", *save), "kernels"))
     if not toy:  # there is nothing to tune on a CPU
-        found.append(Phase("tune", 2.0, (*bench, "kernels", "--tune", "--degrees", "1", "8")))
+        found.append(Phase("tune", 1.5, (*bench, "kernels", "--tune", "--degrees", "1", "8")))
     return found
 
 
