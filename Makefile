@@ -76,7 +76,7 @@ check-gpu: $(VENV)/.dev
 
 # make gpu-report    what one GPU can tell in eight minutes, in build/gpu
 gpu-report: $(VENV)/.dev
-	$(BIN)/python -m fly_jax.bench gpu --out build/gpu
+	$(BIN)/python -m fly_jax.bench gpu
 
 # make train-demo    trains the bundled model again (under an hour on two cores)
 train-demo: $(VENV)/.dev

@@ -65,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs the same with toy sizes, on CPU too."
     )
     parser.set_defaults(command=run)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report and the log")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/gpu"), metavar="DIR",
+        help="folder for the report and the log (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything together (default: %(default)s)")
     parser.add_argument("--toy", action="store_true", help="toy sizes: whether everything runs, on CPU")
 
