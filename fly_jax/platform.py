@@ -22,10 +22,13 @@ _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 # Where Linux lists a process's threads; a priority is a thread's own there.
 _THREADS = Path("/proc/self/task")
 _DEVICE_NICENESS = 19
+# Of a GPU's memory, what jax takes. By itself it takes 0.75, and ``gpu_memory_utilization`` would be a part of that.
+_GPU_FRACTION = "0.95"
+_GPU_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def configure_devices(count: int) -> None:
-    """Gives the CPU platform ``count`` virtual devices; real accelerators are not affected.
+    """Gives the CPU platform ``count`` virtual devices, and jax most of a GPU's memory.
 
     In-process collectives need every device's thread to arrive, and XLA's pool has max(cores, devices)
     threads: four devices on two cores with several steps in flight hung until NPROC was four times
@@ -39,6 +42,8 @@ def configure_devices(count: int) -> None:
     wanted = max(count, present)
     os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={wanted}"])
     os.environ["NPROC"] = str(max(4 * wanted, _whole_number("NPROC", os.environ.get("NPROC") or "0")))
+    if not any(name in os.environ for name in _GPU_FRACTION_NAMES):  # jax refuses to start with both
+        os.environ[_GPU_FRACTION_NAMES[0]] = _GPU_FRACTION
     if "jax" in sys.modules:
         _check_started(count)
 
@@ -76,6 +81,11 @@ def configure_deviceless_cuda(dump: Path | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}".strip()
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+
+
+def use_cpu_only() -> None:
+    """Leaves GPUs alone in this process; only before jax starts."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def share_gpu_memory() -> None:

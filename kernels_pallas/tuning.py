@@ -73,6 +73,8 @@ class Entry:
 _HOPPER = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
 _HOPPER_PROCESSORS = 132
 _SAFE_PROCESSORS = 108
+# The narrowest product of Triton; a decode has fewer, one for each query head of a KV head.
+DECODE_ROWS = 16
 _PREFETCHING_STAGES = 5
 _PLAIN_STAGES = 3
 
@@ -86,7 +88,7 @@ def _hopper(head_dim: int, decode: tuple[int, int, int], prefill: tuple[int, int
         head_dim=head_dim,
         group=None,
         block_tokens=None,
-        decode=Tuning(16, tile, warps, _PREFETCHING_STAGES, programs * _HOPPER_PROCESSORS, 256 // tile),
+        decode=Tuning(DECODE_ROWS, tile, warps, _PREFETCHING_STAGES, programs * _HOPPER_PROCESSORS, 256 // tile),
         prefill=Tuning(
             rows,
             prefill_tile,
@@ -129,12 +131,22 @@ def candidates(chip: str, layout: KVLayout, group: int, queries: int) -> Iterato
     """What is worth timing on a new chip, the present choice first; some may not compile there."""
     present = tuning_for(chip, layout, group, queries)
     yield present
-    widths = (16,) if queries == 1 else (64, 128)
-    for rows, tile, warps, stages in product(widths, (32, 64, 128), (4, 8), (3, 5, 7)):
+    widths = (DECODE_ROWS,) if queries == 1 else (64, 128)
+    for stages, rows, tile, warps in product((_PREFETCHING_STAGES, 3, 7), widths, (32, 64, 128), (4, 8)):
         for programs in {present.programs, 2 * present.programs}:
             tuning = Tuning(rows, tile, warps, stages, programs, 256 // tile)
             if tuning != present:
                 yield tuning
+
+
+def table_row(head_dim: int, decode: Tuning, prefill: Tuning, evidence: str) -> str | None:
+    """The line of the table that has these parameters; None where it cannot say them."""
+    short = [(each.tile_tokens, each.num_warps, each.programs // _HOPPER_PROCESSORS) for each in (decode, prefill)]
+    row = (head_dim, short[0], (prefill.rows, *short[1]), evidence)
+    entry = _hopper(*row)
+    if (entry.decode, entry.prefill) != (decode, prefill):
+        return None
+    return f"_hopper{row},".replace("'", '"')
 
 
 def _safe(layout: KVLayout, queries: int) -> Tuning:
@@ -142,6 +154,6 @@ def _safe(layout: KVLayout, queries: int) -> Tuning:
     row_bytes = (1 << (layout.head_dim - 1).bit_length()) * layout.dtype.itemsize
     tile = max(16, min(64, 8192 // row_bytes))
     warps = 4 if layout.dtype.itemsize == 2 else 8  # float32 products do not run on tensor cores: more registers
-    rows = 16 if queries == 1 else 64 if row_bytes <= 512 else 32
+    rows = DECODE_ROWS if queries == 1 else 64 if row_bytes <= 512 else 32
     programs = (4 if queries == 1 else 2) * _SAFE_PROCESSORS
     return Tuning(rows, tile, warps, num_stages=2, programs=programs, min_item_tiles=256 // tile)

@@ -120,8 +120,12 @@ class Work:
         return QueryRuns(*(jnp.asarray(each, jnp.int32) for each in (tables, rows, starts, lengths)))
 
 
-def time_paged(work: Work, backend: AttentionBackend, pool: Array, budget_seconds: float) -> float:
-    """Seconds of one call of a backend over the first blocks of a pool, ``pool [blocks, elements]``."""
+def compile_paged(work: Work, backend: AttentionBackend, pool: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
+    """A call of a backend on each layer; threads may compile several at once.
+
+    Args:
+        pool: ``[blocks, elements]``.
+    """
     layout = work.layout()
 
     def step(query: Array, pool: Array, runs: QueryRuns) -> Array:
@@ -129,8 +133,14 @@ def time_paged(work: Work, backend: AttentionBackend, pool: Array, budget_second
             query = backend.paged_attention(query, pool, layer, runs, layout, work.options)
         return query
 
+    query = jax.eval_shape(work.query, jax.random.key(1))
+    return jax.jit(step).lower(query, pool, work.runs()).compile()
+
+
+def time_paged(work: Work, compiled: jax.stages.Compiled, pool: Array, budget_seconds: float) -> float:
+    """Seconds of one call of a backend over the first blocks of a pool, ``pool [blocks, elements]``."""
     arguments = (work.query(jax.random.key(1)), pool, work.runs())
-    return seconds_per_call(jax.jit(step), arguments, budget_seconds) / LAYERS
+    return seconds_per_call(compiled, arguments, budget_seconds) / LAYERS
 
 
 def random_pool(num_blocks: int, spec: KVCacheSpec, dtype: Any) -> Array:

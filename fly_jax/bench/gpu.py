@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.bench import results, terminal
+from fly_jax.bench.gpu_parts.records import read
 from fly_jax.bench.output_paths import check_folder
 from fly_jax.errors import ConfigError
 
 MODELS = Path("bench/models")
-SUMMARY_LINES = 20
-# Of a phase's output, in the report; all of it is in the log.
-LAST_LINES = 6
+SUMMARY_LINES, LINE_WIDTH = 20, 160
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,17 @@ class Phase:
     Attributes:
         weight: of the time; a phase gets its share of what those before it have left.
         arguments: of ``python -m``.
-        result: the file that it writes into the output folder, if any.
+        lines: most of the summary.
+        result: the file that it writes into the output folder, if any: JSON, or a JSON object a line.
+        instead_of: it is run only if that phase did not end well.
     """
 
     name: str
     weight: float
     arguments: tuple[str, ...]
+    lines: int = 1
     result: str | None = None
+    instead_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Outcome:
 
     Attributes:
         state: ``done``, ``failed`` or ``out of time``.
-        said: its last lines on standard output.
+        said: of its standard output, what the summary has room for.
         found: what it wrote.
     """
 
@@ -58,11 +61,12 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs what one GPU can tell, the most telling first: the engine with the bundled model, the kernels against "
-        "attention by its definition, an 8B-shaped model of random weights at several batch sizes, attention as shares "
-        "of what the device can do, and settings for the kernels' tuning table. Each is a process of its own with its "
-        "share of the time, so that one that hangs takes no other with it; the report is written after each. --toy "
-        "runs the same with toy sizes, on CPU too."
+        "Runs what one GPU can tell, the most telling first: the engine with the bundled model, its tokens beside "
+        "those of the host, the kernels against attention by its definition, an 8B-shaped model of random weights at "
+        "several batch sizes with a long prompt and a trace, attention as shares of what the device can do, and "
+        "settings for the kernels' tuning table. Each is a process of its own with its share of the time, so that one "
+        "that hangs takes no other with it, and plain JAX stands in where the kernels fail; the report is written "
+        "after each. --toy runs the same with toy sizes, on CPU too."
     )
     parser.set_defaults(command=run)
     parser.add_argument(
@@ -80,13 +84,14 @@ def run(options: argparse.Namespace) -> int:
         0 if each ended well, else 1.
 
     Raises:
-        ConfigError: the folder cannot be written to, or there is no time.
+        ConfigError: the folder cannot be written to, there is no time, or there is no GPU and toy sizes are not meant.
     """
     if options.seconds <= 0:
         raise ConfigError(f"--seconds must be above 0, got {options.seconds:g}")
     check_folder("--out", options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    outcomes = run_phases(phases(options.out, toy=options.toy), options.out, options.seconds)
+    todo = phases(options.out, toy=options.toy)
+    outcomes = run_phases(todo, options.out, options.seconds, needs_gpu=not options.toy)
     lines = summary(outcomes)
     (options.out / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -95,49 +100,92 @@ def run(options: argparse.Namespace) -> int:
 
 def phases(out: Path, *, toy: bool) -> list[Phase]:
     """In order of value; see :func:`add_arguments`."""
-    model = str(MODELS / ("toy" if toy else "llama-8b"))
-    sizes = (1, 2) if toy else (1, 8, 64, 256)
-    lengths = ("--input-len", "16", "--output-len", "4" if toy else "64", "--num-iters", "2", "--num-iters-warmup", "1")
-    grid = ("--contexts", "64", "--batches", "1") if toy else ("--contexts", "32768", "8192", "512", "131072")
-    bench = ("fly_jax.bench",)
-    found = [
-        Phase("engine", 2.0, (*bench, "latency", *_one_device(out, "engine"), "--batch-size", "8", *lengths), "engine"),
-        Phase("oracle", 2.0, ("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels_pallas")),
+    engine = _part(out, "engine")
+    model = _part(out, "model", "--model", str(MODELS / ("toy" if toy else "llama-8b")), *_sizes(toy))
+    plain = ("--attention-backend", "xla")
+    against = ("--cpu", "--against", str(out / "engine.jsonl"))
+    kernels = ("fly_jax.bench", "kernels", "--degrees", "1", "8")
+    # Long decodes tell most, then what serves crowds; on a CPU, kernels are interpreted.
+    grid = (
+        ("64", "--batches", "1") if toy else ("32768", "8192", "512", "131072", "2048", "--batches", "1", "64", "256")
+    )
+    tuned = ("--backend", "pallas", "--contexts", "32", "--candidates", "2") if toy else ("--candidates", "24")
+    save = ("--beside", "torch", "--save-result", "--result-dir", str(out))
+    return [
+        Phase("engine", 2.5, engine, lines=4, result="engine.jsonl"),
+        Phase("engine-xla", 2.5, (*engine, *plain), lines=4, result="engine.jsonl", instead_of="engine"),
+        Phase("host", 1.0, _part(out, "engine", *against, records="host"), result="host.jsonl"),
+        Phase("oracle-decode", 1.0, _oracle("decode", toy)),
+        Phase("oracle-prefill", 1.0, _oracle("prefill", toy, "bits or billion")),
+        Phase("model", 4.0, model, lines=7, result="model.jsonl"),
+        Phase("model-xla", 3.0, (*model, *plain), lines=7, result="model.jsonl", instead_of="model"),
+        Phase("attention", 2.0, (*kernels, "--contexts", *grid, *save), result="kernels.json"),
+        Phase("tune", 1.5, (*kernels, "--tune", *tuned)),
     ]
-    for size in sizes:
-        name = f"model-batch-{size}"
-        dummy = ("--model", model, "--load-format", "dummy", "--batch-size", str(size))
-        found.append(Phase(name, 2.0, (*bench, "latency", *_one_device(out, name), *dummy, *lengths), name))
-    prompt = ("--input-len", "64" if toy else "8192", "--output-len", "1", "--batch-size", "1", "--num-iters", "2")
-    dummy = ("--model", model, "--load-format", "dummy", "--num-iters-warmup", "1")
-    found.append(Phase("prompt", 1.0, (*bench, "latency", *_one_device(out, "prompt"), *dummy, *prompt), "prompt"))
-    save = ("--save-result", "--result-dir", str(out))
-    found.append(Phase("attention", 3.0, (*bench, "kernels", *grid, "--degrees", "1", *save), "kernels"))
-    if not toy:  # there is nothing to tune on a CPU
-        found.append(Phase("tune", 1.5, (*bench, "kernels", "--tune", "--degrees", "1", "8")))
-    return found
 
 
-def _one_device(out: Path, name: str) -> tuple[str, ...]:
-    return ("--devices", "1", "--layout", "1", "--output-json", str(out / f"{name}.json"))
+def _part(out: Path, name: str, *arguments: str, records: str | None = None) -> tuple[str, ...]:
+    return (f"fly_jax.bench.gpu_parts.{name}", "--records", str(out / f"{records or name}.jsonl"), *arguments)
 
 
-def run_phases(todo: list[Phase], out: Path, seconds: float) -> list[Outcome]:
-    """Runs them one after another and writes ``gpu.json`` after each."""
+def _sizes(toy: bool) -> tuple[str, ...]:
+    if toy:
+        return ("--batches", "1", "2", "--prompt", "64", "--copy-bytes", "100000000")
+    return ("--batches", "1", "8", "64", "256", "--prompt", "8192")
+
+
+def _oracle(kind: str, toy: bool, others: str = "") -> tuple[str, ...]:
+    """Attention by its definition beside the kernels, in a process for each kind: one may crash."""
+    pytest = ("pytest", "-v", "-p", "no:cacheprovider")  # with the configured -q: one line, and how many passed
+    if toy:
+        return (*pytest, "tests/kernels_pallas/test_attention.py", "-k", f"the_kernels and {kind} and tp1")
+    return (
+        *pytest,
+        "-m",
+        "gpu",
+        "tests/kernels_pallas/test_on_gpu.py",
+        "-k",
+        f"{kind} or {others}" if others else kind,
+    )
+
+
+def run_phases(todo: list[Phase], out: Path, seconds: float, *, needs_gpu: bool = False) -> list[Outcome]:
+    """Runs them one after another and writes ``gpu.json`` after each.
+
+    Raises:
+        ConfigError: a GPU is needed and the first phase found none.
+    """
     deadline = time.monotonic() + seconds
     outcomes: list[Outcome] = []
     for index, phase in enumerate(todo):
+        to_come = [each for each in todo[index:] if _is_wanted(each, outcomes)]
+        if phase not in to_come:
+            continue
         left = deadline - time.monotonic()
-        share = left * phase.weight / sum(each.weight for each in todo[index:])
+        share = left * phase.weight / sum(each.weight for each in to_come)
         terminal.say(f"{phase.name}: at most {share:.0f} s")
         outcomes.append(_run_phase(phase, out, share))
         report = {"phases": [asdict(each) for each in outcomes]}
         results.save(out, "gpu", report, of_devices=False)  # this process must not take the phases' GPU
+        if needs_gpu and index == 0 and _platform(outcomes[0]) not in ("gpu", None):
+            raise ConfigError(f"jax finds no GPU here but {_platform(outcomes[0])}: --toy runs toy sizes on it")
+    for name in {each.result for each in todo if each.result}:  # all of it is in the report
+        (out / name).unlink(missing_ok=True)
     return outcomes
+
+
+def _is_wanted(phase: Phase, outcomes: list[Outcome]) -> bool:
+    return phase.instead_of is None or any(each.name == phase.instead_of and each.state != "done" for each in outcomes)
+
+
+def _platform(outcome: Outcome) -> str | None:
+    return outcome.found[0]["platform"] if outcome.found else None
 
 
 def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
     said, started = out / f"{phase.name}.txt", time.monotonic()
+    if phase.result:
+        (out / phase.result).unlink(missing_ok=True)  # of an earlier run
     with said.open("w") as output, (out / "log.txt").open("a") as log:
         # A session of its own, so that what it has started ends with it.
         command = [sys.executable, "-m", *phase.arguments]
@@ -153,34 +201,33 @@ def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
     said.unlink()
     with (out / "log.txt").open("a") as log:
         log.writelines(f"{phase.name}: {line}\n" for line in lines)
-    found = _taken(out / f"{phase.result}.json") if phase.result else None
-    return Outcome(phase.name, state, round(time.monotonic() - started, 1), lines[-LAST_LINES:], found)
+    found = _read(out / phase.result) if phase.result else None
+    return Outcome(phase.name, state, round(time.monotonic() - started, 1), _told(lines, found, phase.lines), found)
 
 
-def _taken(path: Path) -> Any:
-    """A phase's own file, which becomes a part of the report; None if it did not come to that."""
+def _told(lines: list[str], found: Any, most: int) -> list[str]:
+    """What the summary says of a phase: of rows, the best and the worst; else the last lines that it printed."""
+    if isinstance(found, dict) and found.get("rows"):
+        best, worst = (pick(found["rows"], key=lambda row: row["share"]) for pick in (max, min))
+        named = "{kind} at TP {tp}, batch {batch}, context {context}".format(**worst)
+        told = f"{len(found['rows'])} measured, {worst['share']:.0%} ({named}) to {best['share']:.0%} of the device"
+        return [told]
+    return [line.strip()[:LINE_WIDTH] for line in lines if line.strip()][-most:]
+
+
+def _read(path: Path) -> Any:
+    """A phase's own figures, which become a part of the report; None if it did not come to that."""
     try:
-        found = json.loads(path.read_text())
+        return read(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    path.unlink()
-    return found
 
 
 def summary(outcomes: list[Outcome]) -> list[str]:
-    """A line a phase."""
-    lines = [f"{each.name:<16} {each.state:<12} {each.seconds:>6.1f} s  {_figures(each)}".rstrip() for each in outcomes]
+    """How each phase ended, and what it found."""
+    lines = []
+    for each in outcomes:
+        head = f"{each.name:<14} {each.state:<11} {each.seconds:>4.0f} s  "
+        first, *others = each.said or [""]
+        lines += [(head + first).rstrip(), *(" " * len(head) + line for line in others)]
     return lines[:SUMMARY_LINES]
-
-
-def _figures(outcome: Outcome) -> str:
-    found = outcome.found or {}
-    if "avg_latency" in found:
-        a_token = 1e3 * found["avg_latency"] / found["output_len"]
-        what = f"{found['batch_size']} requests of {found['input_len']} + {found['output_len']} tokens"
-        return f"{what}: {1e3 * found['avg_latency']:,.1f} ms, {a_token:,.2f} ms a token on {found['device_kind']}"
-    if found.get("rows"):
-        best = max(found["rows"], key=lambda row: row["share"])
-        worst = min(found["rows"], key=lambda row: row["share"])
-        return f"{len(found['rows'])} measured, {worst['share']:.0%} to {best['share']:.0%} of what the device can do"
-    return outcome.said[-1][:100] if outcome.said else ""

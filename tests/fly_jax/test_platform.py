@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,15 @@ def test_threads_that_compute_for_cpu_devices_give_way_to_all_others() -> None:
     done = subprocess.run([sys.executable, "-c", PRIORITIES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0"]
+
+
+@pytest.mark.parametrize("given", [{}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}])
+def test_jax_gets_most_of_a_gpu_s_memory_unless_the_user_says_otherwise(given: dict[str, str]) -> None:
+    """Never under both names, with which jax refuses to start."""
+    read = (
+        "import os; from fly_jax.platform import configure_devices; configure_devices(1)\n"
+        "print({name: value for name, value in os.environ.items() if name.endswith('_MEM_FRACTION')})"
+    )
+    others = {name: value for name, value in os.environ.items() if not name.endswith("_MEM_FRACTION")}
+    done = subprocess.run([sys.executable, "-c", read], env=others | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(given or {"XLA_CLIENT_MEM_FRACTION": "0.95"})

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import KVLayout
-from kernels_pallas.tuning import TABLE, tuning_for
+from kernels_pallas import KVLayout, tuning
+from kernels_pallas.tuning import TABLE, Entry, table_row, tuning_for
 
 UNKNOWN = "a chip that nobody listed"
 
@@ -57,3 +58,12 @@ def test_prompts_with_a_soft_cap_do_without_copying_ahead() -> None:
     assert (plain.num_stages, capped.num_stages) == (5, 3)
     decodes = [tuning_for("NVIDIA H200", layout(256), 4, 1, soft_cap=cap) for cap in (False, True)]
     assert decodes[0] == decodes[1]
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: f"head_dim {entry.head_dim}")
+def test_a_printed_row_is_what_the_table_says(entry: Entry) -> None:
+    row = table_row(entry.head_dim, entry.decode, entry.prefill, entry.evidence)
+    assert row is not None
+    assert eval(row.rstrip(","), vars(tuning)) == entry
+    other = replace(entry.decode, programs=entry.decode.programs + 1)
+    assert table_row(entry.head_dim, other, entry.prefill, "") is None

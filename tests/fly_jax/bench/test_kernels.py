@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from fly_jax.bench import kernels
-from fly_jax.bench.__main__ import main
+from fly_jax.bench import kernel_timing
+from fly_jax.bench.__main__ import main, parse
 from fly_jax.bench.attention_work import LAYERS, Heads, Work, random_pool
-from fly_jax.bench.kernels import Row, verdicts
+from fly_jax.bench.kernel_results import Row, verdicts
+from fly_jax.bench.kernel_tuning import best_row
+from kernels_pallas.tuning import TABLE
 from kernels_pallas.xla import XLABackend
 
 HEADS = Heads(kv_heads=4, group=2, head_dim=64)
@@ -85,7 +87,7 @@ def test_a_place_that_cannot_hold_results_is_refused_before_anything_is_measured
     def measured(*_: object) -> None:
         pytest.fail("the device was measured")
 
-    monkeypatch.setattr(kernels, "_Bench", measured)
+    monkeypatch.setattr(kernel_timing, "Bench", measured)
     (tmp_path / "file").touch()
     place = tmp_path / "file" / below
     assert main(["kernels", "--save-result", "--result-dir", str(place)]) == 2
@@ -110,3 +112,33 @@ def test_verdicts_count_what_reaches_its_target() -> None:
     assert lines[0].endswith("rate: 1 of 2")
     assert lines[1].endswith("rate: 1 of 1")
     assert lines[2].endswith("SDPA: 1 of 2")
+
+
+def test_work_comes_in_the_order_in_which_it_was_asked_for() -> None:
+    """Where time runs out, what was named first has been measured."""
+    arguments = "kernels --contexts 64 32 --batches 2 1 --degrees 2 1 --kv-heads 2 --group 1 --head-dim 16"
+    work, left_out = kernel_timing.Bench(parse(arguments.split())).work()
+    assert not left_out
+    assert [(each.context, each.batch, each.tp, each.queries) for each in work] == [
+        (context, batch, tp, new)
+        for context in (64, 32)
+        for batch, new in ((2, 1), (1, 1), (1, context))
+        for tp in (2, 1)
+    ]
+
+
+def test_the_line_for_the_table_is_best_over_all_work() -> None:
+    (entry,) = (each for each in TABLE if each.head_dim == 128)
+    decode, prefill = entry.decode, entry.prefill
+    other, unsayable = replace(decode, num_warps=4), replace(decode, num_stages=7)
+    long, crowded = Work(HEADS, 1, 16, 1, 32_768, 1), Work(HEADS, 1, 16, 64, 2048, 1)
+    prompt = Work(HEADS, 1, 16, 1, 8192, 8192)
+    timed = {
+        long: {decode: 1.0, other: 1.1, unsayable: 0.9},
+        crowded: {decode: 2.0, other: 1.0, unsayable: 1.0},
+        prompt: {prefill: 3.0},
+    }
+    line = best_row(128, "NVIDIA H200", timed)
+    assert line.startswith("_hopper(128, (64, 4, 3), (128, 64, 8, 1), ")
+    assert "11% and 0% slower than the best of each work on NVIDIA H200" in line
+    assert best_row(128, "NVIDIA H200", {long: {unsayable: 1.0}, prompt: {prefill: 1.0}}).startswith("no line")

@@ -1,0 +1,1 @@
+"""What ``gpu`` runs that no other command measures, each a process of its own."""

@@ -1,0 +1,63 @@
+"""An engine on one device, stepped by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fly_jax.config import EngineConfig
+from fly_jax.engine import Engine
+from fly_jax.errors import FlyJaxError
+from fly_jax.loader import LoadedModel, load_model
+from fly_jax.outputs import RequestDelta
+from fly_jax.runner import InFlightStep, ModelRunner, RowResult
+from fly_jax.sampling_params import SamplingParams
+
+
+def load_on_one_device(model: Path, **options: Any) -> LoadedModel:
+    """
+    Raises:
+        ConfigError, CheckpointError, ModelTooLargeError, CompileError: one line that says what to do.
+    """
+    only_layout: dict[str, Any] = {"devices": 1, "layout": "1", "layouts": ("1",), "policy": "static"}
+    return load_model(EngineConfig(model=model, **only_layout, **options))
+
+
+def add(engine: Engine, prompts: Iterable[tuple[int, ...]], params: SamplingParams) -> None:
+    """Queues one request a prompt, named by its index."""
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), prompt, params, bounded=False)
+
+
+def step(engine: Engine) -> list[RequestDelta]:
+    """
+    Raises:
+        FlyJaxError: a request failed.
+    """
+    deltas = engine.step()
+    for delta in deltas:
+        if delta.error is not None:
+            raise FlyJaxError(f"request {delta.request_id} failed: {delta.error}")
+    return deltas
+
+
+class WaitTimer(ModelRunner):
+    """A runner that adds up how long the host waited for devices.
+
+    Attributes:
+        waited: seconds.
+        steps: that were read.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner.shapes, runner.meshes, runner.weights, runner.pool, runner.executables)
+        self.waited, self.steps = 0.0, 0
+
+    def harvest(self, step: InFlightStep) -> list[RowResult]:
+        started = time.perf_counter()
+        step.marker.block_until_ready()
+        self.waited += time.perf_counter() - started
+        self.steps += 1
+        return super().harvest(step)
