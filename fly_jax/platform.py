@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,9 @@ def start_devices() -> list[jax.Device]:
     before = _threads()
     devices: list[jax.Device] = jax.devices()
     if jax.default_backend() == "cpu":
-        for thread in _threads() - before:
+        # Not Python's: on a busy host a timer of jax's runs on for a moment, and others may start threads meanwhile.
+        own = {thread.native_id for thread in threading.enumerate()}
+        for thread in _threads() - before - own:
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.setpriority(os.PRIO_PROCESS, thread, _DEVICE_NICENESS)
     return devices

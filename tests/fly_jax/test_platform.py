@@ -14,13 +14,13 @@ import contextlib, os, threading
 from fly_jax.platform import configure_devices, start_devices
 configure_devices(2)
 started = start_devices()
-mine = {thread.native_id for thread in threading.enumerate()}
+mine = {thread.native_id for thread in threading.enumerate()}  # on a busy host, a timer of jax's among them
 niceness = {}
 for thread in map(int, os.listdir("/proc/self/task")):
     with contextlib.suppress(ProcessLookupError):  # XLA's threads for compiling end at any time
         niceness[thread] = os.getpriority(os.PRIO_PROCESS, thread)
 own = os.getpriority(os.PRIO_PROCESS, 0)
-assert {niceness[thread] for thread in mine} == {own}
+assert {niceness[thread] for thread in mine if thread in niceness} == {own}
 devices = [value for thread, value in niceness.items() if thread not in mine]
 assert sum(value > own for value in devices) >= 4 * len(started), devices
 later = threading.Thread(target=lambda: print(os.getpriority(os.PRIO_PROCESS, 0) - own))
