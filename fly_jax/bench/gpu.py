@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fly_jax.errors import ConfigError
 
 MODELS = Path("bench/models")
 SUMMARY_LINES, LINE_WIDTH = 20, 160
+_NAMES_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b|: error: |^[^ ]+: No module named")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def phases(out: Path, *, toy: bool) -> list[Phase]:
     model = _part(out, "model", "--model", str(MODELS / ("toy" if toy else "llama-8b")), *_sizes(toy))
     plain = ("--attention-backend", "xla")
     against = ("--cpu", "--against", str(out / "engine.jsonl"))
-    kernels = ("fly_jax.bench", "kernels", "--degrees", "1", "8")
+    heads = ("--group", "1", "--head-dim", "16") if toy else ()
+    kernels = ("fly_jax.bench", "kernels", "--degrees", "1", "8", *heads)
     # Long decodes tell most, then what serves crowds; on a CPU, kernels are interpreted.
     grid = (
         ("64", "--batches", "1") if toy else ("32768", "8192", "512", "131072", "2048", "--batches", "1", "64", "256")
@@ -183,10 +186,12 @@ def _platform(outcome: Outcome) -> str | None:
 
 
 def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
-    said, started = out / f"{phase.name}.txt", time.monotonic()
+    said, log_path, started = out / f"{phase.name}.txt", out / "log.txt", time.monotonic()
+    log_path.touch()
+    log_size = len(log_path.read_text(errors="replace"))
     if phase.result:
         (out / phase.result).unlink(missing_ok=True)  # of an earlier run
-    with said.open("w") as output, (out / "log.txt").open("a") as log:
+    with said.open("w") as output, log_path.open("a") as log:
         # A session of its own, so that what it has started ends with it.
         command = [sys.executable, "-m", *phase.arguments]
         with subprocess.Popen(command, stdout=output, stderr=log, start_new_session=True) as process:
@@ -199,10 +204,18 @@ def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
                     os.killpg(process.pid, signal.SIGKILL)
     lines = said.read_text(errors="replace").splitlines()
     said.unlink()
-    with (out / "log.txt").open("a") as log:
+    errors = log_path.read_text(errors="replace")[log_size:].splitlines()
+    with log_path.open("a") as log:
         log.writelines(f"{phase.name}: {line}\n" for line in lines)
     found = _read(out / phase.result) if phase.result else None
-    return Outcome(phase.name, state, round(time.monotonic() - started, 1), _told(lines, found, phase.lines), found)
+    told = _told(lines, found, phase.lines) + (_why(errors) if state == "failed" else [])
+    return Outcome(phase.name, state, round(time.monotonic() - started, 1), told, found)
+
+
+def _why(errors: list[str]) -> list[str]:
+    """The line of standard error that names the error, else its last."""
+    lines = [line.strip()[:LINE_WIDTH] for line in errors if line.strip()]
+    return ([line for line in lines if _NAMES_ERROR.search(line)] or lines)[-1:]
 
 
 def _told(lines: list[str], found: Any, most: int) -> list[str]:

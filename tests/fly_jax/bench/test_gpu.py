@@ -102,6 +102,12 @@ def test_no_web_package_is_imported() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_the_summary_says_how_each_phase_ended(tmp_path: Path) -> None:
-    (line,) = summary(run_phases([Phase("fails", 1.0, (*PROGRAM, "raise SystemExit(3)"))], tmp_path, 60.0))
-    assert line.startswith("fails          failed")
+def test_the_summary_says_how_each_phase_ended_and_why_one_failed(tmp_path: Path) -> None:
+    todo = [
+        Phase("fails", 1.0, (*PROGRAM, "raise RuntimeError('no such thing')")),
+        Phase("well", 1.0, (*PROGRAM, "pass")),
+    ]
+    fails, well = summary(run_phases(todo, tmp_path, 60.0))
+    assert fails.startswith("fails          failed")
+    assert fails.endswith("RuntimeError: no such thing")
+    assert well.startswith("well           done")
