@@ -193,9 +193,21 @@ def torch_on_gpu() -> bool:
 
 
 def time_torch_sdpa(work: Work, budget_seconds: float) -> float | None:
-    """Seconds of PyTorch's ``scaled_dot_product_attention`` on contiguous keys and values; None as above."""
+    """Seconds of PyTorch's ``scaled_dot_product_attention`` on contiguous keys and values; None as above, and
+    where PyTorch finds no memory beside jax's."""
     if work.queries not in (1, work.context):
         return None
+    import torch
+
+    try:
+        return _time_torch_sdpa(work, budget_seconds)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()  # jax needs it for the next pool
+
+
+def _time_torch_sdpa(work: Work, budget_seconds: float) -> float:
     import torch
 
     dtype = {2: torch.bfloat16, 4: torch.float32}[jnp.dtype(work.dtype).itemsize]

@@ -21,6 +21,7 @@ from fly_jax.errors import ConfigError
 
 MODELS = Path("bench/models")
 SUMMARY_LINES, LINE_WIDTH = 20, 160
+_TEST = re.compile(r"\S+::(?P<name>.+) (?P<state>PASSED|FAILED|ERROR|SKIPPED)\b")
 _NAMES_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b|: error: |^[^ ]+: No module named")
 
 
@@ -139,7 +140,8 @@ def _sizes(toy: bool) -> tuple[str, ...]:
 
 def _oracle(kind: str, toy: bool, others: str = "") -> tuple[str, ...]:
     """Attention by its definition beside the kernels, in a process for each kind: one may crash."""
-    pytest = ("pytest", "-v", "-p", "no:cacheprovider")  # with the configured -q: one line, and how many passed
+    # A line a test as it ends, the configured -q notwithstanding: time may run out.
+    pytest = ("pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
     if toy:
         return (*pytest, "tests/kernels_pallas/test_attention.py", "-k", f"the_kernels and {kind} and tp1")
     return (
@@ -193,7 +195,7 @@ def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
         (out / phase.result).unlink(missing_ok=True)  # of an earlier run
     with said.open("w") as output, log_path.open("a") as log:
         # A session of its own, so that what it has started ends with it.
-        command = [sys.executable, "-m", *phase.arguments]
+        command = [sys.executable, "-u", "-m", *phase.arguments]
         with subprocess.Popen(command, stdout=output, stderr=log, start_new_session=True) as process:
             try:
                 state = "done" if process.wait(max(seconds, 0.0)) == 0 else "failed"
@@ -219,12 +221,16 @@ def _why(errors: list[str]) -> list[str]:
 
 
 def _told(lines: list[str], found: Any, most: int) -> list[str]:
-    """What the summary says of a phase: of rows, the best and the worst; else the last lines that it printed."""
+    """What the summary says of a phase: of rows, the best and the worst; of tests, how many passed and the first that
+    did not; else the last lines that it printed."""
     if isinstance(found, dict) and found.get("rows"):
         best, worst = (pick(found["rows"], key=lambda row: row["share"]) for pick in (max, min))
         named = "{kind} at TP {tp}, batch {batch}, context {context}".format(**worst)
         told = f"{len(found['rows'])} measured, {worst['share']:.0%} ({named}) to {best['share']:.0%} of the device"
         return [told]
+    if tests := [found for line in lines if (found := _TEST.match(line))]:
+        failed = [each["name"] for each in tests if each["state"] != "PASSED"]
+        return [f"{len(tests) - len(failed)} passed, {len(failed)} not{''.join(f'; {name}' for name in failed[:2])}"]
     return [line.strip()[:LINE_WIDTH] for line in lines if line.strip()][-most:]
 
 
