@@ -106,7 +106,7 @@ def phases(out: Path, *, toy: bool) -> list[Phase]:
     engine = _part(out, "engine")
     model = _part(out, "model", "--model", str(MODELS / ("toy" if toy else "llama-8b")), *_sizes(toy))
     plain = ("--attention-backend", "xla")
-    against = ("--cpu", "--against", str(out / "engine.jsonl"))
+    against = ("--against", str(out / "engine.jsonl"))
     heads = ("--group", "1", "--head-dim", "16") if toy else ()
     kernels = ("fly_jax.bench", "kernels", "--degrees", "1", "8", *heads)
     # Long decodes tell most, then what serves crowds; on a CPU, kernels are interpreted.
@@ -119,8 +119,9 @@ def phases(out: Path, *, toy: bool) -> list[Phase]:
         Phase("engine", 2.5, engine, lines=4, result="engine.jsonl"),
         Phase("engine-xla", 2.5, (*engine, *plain), lines=4, result="engine.jsonl", instead_of="engine"),
         Phase("host", 1.0, _part(out, "engine", *against, records="host"), result="host.jsonl"),
+        # In two processes, as one may crash.
         Phase("oracle-decode", 1.0, _oracle("decode", toy)),
-        Phase("oracle-prefill", 1.0, _oracle("prefill", toy, "bits or billion")),
+        Phase("oracle-prefill", 1.0, _oracle("not decode", toy)),
         Phase("model", 4.0, model, lines=7, result="model.jsonl"),
         Phase("model-xla", 3.0, (*model, *plain), lines=7, result="model.jsonl", instead_of="model"),
         Phase("attention", 2.0, (*kernels, "--contexts", *grid, *save), result="kernels.json"),
@@ -138,20 +139,13 @@ def _sizes(toy: bool) -> tuple[str, ...]:
     return ("--batches", "1", "8", "64", "256", "--prompt", "8192")
 
 
-def _oracle(kind: str, toy: bool, others: str = "") -> tuple[str, ...]:
-    """Attention by its definition beside the kernels, in a process for each kind: one may crash."""
+def _oracle(which: str, toy: bool) -> tuple[str, ...]:
+    """Attention by its definition beside the kernels, the tests that an expression of pytest's chooses."""
     # A line a test as it ends, the configured -q notwithstanding: time may run out.
     pytest = ("pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
     if toy:
-        return (*pytest, "tests/kernels_pallas/test_attention.py", "-k", f"the_kernels and {kind} and tp1")
-    return (
-        *pytest,
-        "-m",
-        "gpu",
-        "tests/kernels_pallas/test_on_gpu.py",
-        "-k",
-        f"{kind} or {others}" if others else kind,
-    )
+        return (*pytest, "tests/kernels_pallas/test_attention.py", "-k", f"the_kernels and {which} and tp1")
+    return (*pytest, "tests/kernels_pallas/test_on_gpu.py", "-m", "gpu", "-k", which)
 
 
 def run_phases(todo: list[Phase], out: Path, seconds: float, *, needs_gpu: bool = False) -> list[Outcome]:
@@ -188,12 +182,11 @@ def _platform(outcome: Outcome) -> str | None:
 
 
 def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
-    said, log_path, started = out / f"{phase.name}.txt", out / "log.txt", time.monotonic()
-    log_path.touch()
-    log_size = len(log_path.read_text(errors="replace"))
+    said, started = out / f"{phase.name}.txt", time.monotonic()
     if phase.result:
         (out / phase.result).unlink(missing_ok=True)  # of an earlier run
-    with said.open("w") as output, log_path.open("a") as log:
+    with said.open("w") as output, (out / "log.txt").open("a+", errors="replace") as log:
+        begin = log.tell()
         # A session of its own, so that what it has started ends with it.
         command = [sys.executable, "-u", "-m", *phase.arguments]
         with subprocess.Popen(command, stdout=output, stderr=log, start_new_session=True) as process:
@@ -204,11 +197,11 @@ def _run_phase(phase: Phase, out: Path, seconds: float) -> Outcome:
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-    lines = said.read_text(errors="replace").splitlines()
-    said.unlink()
-    errors = log_path.read_text(errors="replace")[log_size:].splitlines()
-    with log_path.open("a") as log:
+        log.seek(begin)
+        errors = log.read().splitlines()
+        lines = said.read_text(errors="replace").splitlines()
         log.writelines(f"{phase.name}: {line}\n" for line in lines)
+    said.unlink()
     found = _read(out / phase.result) if phase.result else None
     told = _told(lines, found, phase.lines) + (_why(errors) if state == "failed" else [])
     return Outcome(phase.name, state, round(time.monotonic() - started, 1), told, found)
@@ -228,7 +221,7 @@ def _told(lines: list[str], found: Any, most: int) -> list[str]:
         named = "{kind} at TP {tp}, batch {batch}, context {context}".format(**worst)
         told = f"{len(found['rows'])} measured, {worst['share']:.0%} ({named}) to {best['share']:.0%} of the device"
         return [told]
-    if tests := [found for line in lines if (found := _TEST.match(line))]:
+    if tests := [test for line in lines if (test := _TEST.match(line))]:
         failed = [each["name"] for each in tests if each["state"] != "PASSED"]
         return [f"{len(tests) - len(failed)} passed, {len(failed)} not{''.join(f'; {name}' for name in failed[:2])}"]
     return [line.strip()[:LINE_WIDTH] for line in lines if line.strip()][-most:]

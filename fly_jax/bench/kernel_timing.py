@@ -66,7 +66,7 @@ class Bench:
         self.grid = ON_GPU if self.device.platform == "gpu" else ON_CPU
         self.heads = Heads(options.kv_heads, options.group, options.head_dim)
         self.has_torch = torch_on_gpu()
-        self._pool: tuple[tuple[int, int], jax.Array] | None = None
+        self._pool: jax.Array | None = None
 
     def rates(self) -> Rates:
         grid = self.grid
@@ -166,12 +166,11 @@ class Bench:
 
     def _pool_of(self, work: Work) -> jax.Array:
         """A pool of the work's shape; kept, since most pieces of work share a few shapes."""
-        num_blocks = self._num_blocks(work)
-        key = (num_blocks, work.spec.block_elements)
-        if self._pool is None or self._pool[0] != key:
-            self._pool = None
-            self._pool = (key, random_pool(num_blocks, replace(work.spec, num_blocks=num_blocks), work.dtype))
-        return self._pool[1]
+        shape = self._pool_struct(work).shape
+        if self._pool is None or self._pool.shape != shape:
+            self._pool = None  # before the next is made: there may not be room for both
+            self._pool = random_pool(shape[0], replace(work.spec, num_blocks=shape[0]), work.dtype)
+        return self._pool
 
 
 def _in_turns(work: list[Work]) -> Iterator[list[Work]]:

@@ -1,6 +1,6 @@
 """Whether views, the pool and tokens of the demo model are right on this device.
 
-Run a second time with ``--cpu``, it computes the same tokens on the host and compares them.
+Run a second time with ``--against``, it computes the same tokens on the host and compares them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ TOLERANCE = 0.05
 
 def main() -> int:
     parser = part_parser("engine", "Checks the engine with the demo model on one device.")
-    parser.add_argument("--cpu", action="store_true", help="compute on the host and compare with --against")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="records of a run on another device")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="compute on the host, and compare with these records of a device"
+    )
     parser.add_argument("--attention-backend", default="auto", help="see fly_jax.bench latency --help")
     options = parser.parse_args()
-    if options.cpu:
+    if options.against is not None:
         use_cpu_only()
     configure_devices(1)
     return _run(options, Records(options.records))
@@ -56,12 +57,12 @@ def _run(options: argparse.Namespace, records: Records) -> int:
         _check_views(records)
     loaded = load_on_one_device(MODEL, dtype="float32", attention_backend=options.attention_backend, max_num_seqs=8)
     tokens, logprobs = _generate(loaded, records)
-    if options.against is None:
-        text = loaded.plan.tokenizer.decode(tokens[0])
-        records.add(f"{PROMPTS[0]}{text}"[:80].replace("\n", " "), tokens=tokens, logprobs=logprobs)
-        return 0
-    (other,) = (each for each in read(options.against) if "tokens" in each)
-    return _compare(records, (tokens, logprobs), (other["tokens"], other["logprobs"]))
+    if options.against is not None:
+        (other,) = (each for each in read(options.against) if "tokens" in each)
+        return _compare(records, (tokens, logprobs), (other["tokens"], other["logprobs"]))
+    text = loaded.plan.tokenizer.decode(tokens[0])
+    records.add(f"{PROMPTS[0]}{text}"[:80].replace("\n", " "), tokens=tokens, logprobs=logprobs)
+    return 0
 
 
 def _check_views(records: Records) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fly_jax.bench.prompts import Prompt
 from fly_jax.config import EngineConfig
 from fly_jax.engine import Engine
 from fly_jax.errors import FlyJaxError
@@ -25,9 +26,10 @@ def load_on_one_device(model: Path, **options: Any) -> LoadedModel:
     return load_model(EngineConfig(model=model, **only_layout, **options))
 
 
-def add(engine: Engine, prompts: Iterable[tuple[int, ...]], params: SamplingParams) -> None:
-    """Queues one request a prompt, named by its index."""
+def add(engine: Engine, prompts: Iterable[Prompt], params: SamplingParams) -> None:
+    """Queues one request a prompt of token ids, named by its index."""
     for index, prompt in enumerate(prompts):
+        assert not isinstance(prompt, str)
         engine.add_request(str(index), prompt, params, bounded=False)
 
 
@@ -41,6 +43,16 @@ def step(engine: Engine) -> list[RequestDelta]:
         if delta.error is not None:
             raise FlyJaxError(f"request {delta.request_id} failed: {delta.error}")
     return deltas
+
+
+def drain(engine: Engine) -> None:
+    """Steps until every request has ended.
+
+    Raises:
+        FlyJaxError: a request failed.
+    """
+    while engine.has_work:
+        step(engine)
 
 
 class WaitTimer(ModelRunner):

@@ -12,13 +12,13 @@ from jax.profiler import ProfileData
 _NUMBER = re.compile(r"\.\d+$")
 
 
-def seconds_by_kernel(folder: Path) -> dict[str, float]:
+def seconds_by_kernel(folder: Path) -> Counter[str]:
     """Seconds of each kernel on the device, all its calls together; operations of XLA where only a CPU computes.
 
     Args:
         folder: that ``jax.profiler.trace`` wrote to.
     """
-    found: Counter[str] = Counter()
+    found = Counter[str]()
     for path in folder.rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(path)).planes:
             on_gpu = plane.name.startswith("/device:GPU")
@@ -29,4 +29,4 @@ def seconds_by_kernel(folder: Path) -> dict[str, float]:
                     continue
                 for event in line.events:
                     found[_NUMBER.sub("", event.name)] += event.duration_ns / 1e9
-    return dict(found)
+    return found
