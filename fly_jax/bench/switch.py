@@ -22,7 +22,7 @@ from fly_jax.bench import results, terminal
 from fly_jax.bench.load_format import add_load_format
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.result_files import short_layout
-from fly_jax.cli import STRATEGIES
+from fly_jax.cli_options import STRATEGIES
 from fly_jax.config import EngineConfig
 from fly_jax.errors import ConfigError, EngineDeadError, LayoutError
 from fly_jax.layout import Layout
