@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
 from fly_jax.request import Request
-from fly_jax.tokenizer import TextStream, Tokenizer
+from fly_jax.text_stream import TextStream
+from fly_jax.tokenizer import Tokenizer
 
 
 class StopMatcher:
@@ -65,7 +66,7 @@ class OutputProcessor:
 
     def add(self, request: Request) -> None:
         params = request.params
-        text = self.tokenizer.stream(params.skip_special_tokens)
+        text = self.tokenizer.stream(params.skip_special_tokens, request.prompt_ids)
         self._streams[request.request_id] = _Stream(text, StopMatcher(params.stop))
 
     def discard(self, request: Request) -> None:

@@ -13,16 +13,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from fly_jax.chat_template import ChatTemplate
 from fly_jax.errors import CheckpointError, InvalidRequestError
+from fly_jax.text_stream import PromptEnd, TextStream
+from fly_jax.token_bytes import TokenBytes
 
 _FILE = "tokenizer.json"
-_REPLACEMENT = "\ufffd"
-# Tokens that may wait for the rest of a character: far more than the four that one can have, since bytes before it
-# that are no UTF-8 wait with it.
-_MAX_PENDING = 32
-# A character that lacks its last byte is decoded to at most this many replacement characters.
-_MAX_INCOMPLETE = 3
-# Tokens that are sure to hold what was decoded to those, and the start of the character before.
-_KEPT = 16
 
 
 class Tokenizer:
@@ -35,6 +29,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._token_bytes = TokenBytes(tokenizer)
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -68,8 +63,32 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def stream(self, skip_special_tokens: bool) -> TextStream:
-        return TextStream(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())
+    def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text before that of a :meth:`stream` with this prompt: all but a character that it leaves unfinished."""
+        end = self._prompt_end(token_ids, skip_special_tokens)
+        if end.is_complete:
+            return self.decode(token_ids, skip_special_tokens)
+        hidden = self._hidden(skip_special_tokens)
+        written = [token_id for token_id in token_ids if token_id not in hidden and self._is_token(token_id)]
+        before = self.decode(written[: -len(end.token_ids)], skip_special_tokens)
+        return before + self.decode(end.token_ids, skip_special_tokens).rstrip("\ufffd")
+
+    def stream(self, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> TextStream:
+        """The text of tokens that follow a prompt; only the prompt's last few tokens are looked at."""
+        end = self._prompt_end(prompt_ids, skip_special_tokens)
+        return TextStream(self._tokenizer, self._hidden(skip_special_tokens), end)
+
+    def _prompt_end(self, prompt_ids: Sequence[int], skip_special_tokens: bool) -> PromptEnd:
+        hidden = self._hidden(skip_special_tokens)
+        backwards = (token_id for token_id in reversed(prompt_ids) if token_id not in hidden)
+        return PromptEnd.of(filter(self._is_token, backwards), self._token_bytes)
+
+    def _hidden(self, skip_special_tokens: bool) -> frozenset[int]:
+        return self._special_ids if skip_special_tokens else frozenset()
+
+    def _is_token(self, token_id: int) -> bool:
+        """Not past the end of the vocabulary, where padded ids are."""
+        return self._tokenizer.id_to_token(token_id) is not None
 
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -102,53 +121,3 @@ def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     return Tokenizer(tokenizer)
-
-
-class TextStream:
-    """Tokens one by one to text, never half a UTF-8 character.
-
-    Each new text is the difference between two decodes of the latest tokens, since what a token adds depends on
-    those before it. ``tokenizers.DecodeStream`` does the same but raises where a token changes text that is already
-    out, which byte-fallback vocabularies do when bytes turn out not to be UTF-8.
-
-    Args:
-        skipped: tokens that are not written out.
-    """
-
-    def __init__(self, tokenizer: HFTokenizer, skipped: frozenset[int]) -> None:
-        self._tokenizer, self._skipped = tokenizer, skipped
-        self._tokens: list[int] = []
-        self._num_read = 0  # tokens whose text is out, kept for what they do to those that follow
-        self._read_length = 0  # characters of the tokens' text that are out
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
-        if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
-            return ""
-        self._tokens.append(token_id)
-        text = self._decode()
-        if len(text) > self._read_length and not text.endswith(_REPLACEMENT):
-            return self._take(text)
-        return self._take_certain(text) if len(self._tokens) - self._num_read > _MAX_PENDING else ""
-
-    def flush(self) -> str:
-        """What the last tokens give although they end inside a character (replacement characters)."""
-        text = self._decode()
-        return self._take(text) if len(text) > self._read_length else ""
-
-    def _take(self, text: str) -> str:
-        new = text[self._read_length :]
-        del self._tokens[: self._num_read]
-        self._num_read, self._read_length = len(self._tokens), len(self._decode())
-        return new
-
-    def _take_certain(self, text: str) -> str:
-        """All but the end that may still become a character, so that bytes that are no UTF-8 do not pile up."""
-        waiting = min(_MAX_INCOMPLETE, max(0, len(text) - self._read_length))
-        new = text[self._read_length : len(text) - waiting]
-        del self._tokens[:-_KEPT]
-        self._num_read, self._read_length = 0, max(0, len(self._decode()) - waiting)
-        return new
-
-    def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=False))

@@ -68,8 +68,9 @@ class ChoiceWriter:
             self._logprobs.add_prompt(prompt.token_ids, part.prompt_logprobs)
         if prompt.text is not None:
             return prompt.text
-        skip = self._sub.params.skip_special_tokens
-        return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
+        # What the output completes of a last character comes with the output, if there is one.
+        decode = self._tokenizer.decode if self._sub.discard_output else self._tokenizer.decode_prompt
+        return decode(prompt.token_ids, skip_special_tokens=self._sub.params.skip_special_tokens)
 
 
 class CompletionFormatter:

@@ -26,6 +26,10 @@ class TokenizerClient(Protocol):
 
     def decode(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str: ...
 
+    def decode_prompt(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str:
+        """The text before that of the output: all but a character that the prompt leaves unfinished."""
+        ...
+
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:

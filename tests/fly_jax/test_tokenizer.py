@@ -16,7 +16,8 @@ from tokenizers import decoders, models
 from fly_jax import chat_template
 from fly_jax.chat_template import MAX_TEMPLATE_OUTPUT
 from fly_jax.errors import CheckpointError, InvalidRequestError
-from fly_jax.tokenizer import TextStream, Tokenizer
+from fly_jax.text_stream import TextStream
+from fly_jax.tokenizer import Tokenizer
 from tests.fly_jax.builders import make_tokenizer
 from tests.tiny_models import BOS_ID, CASES, EOS_ID, IM_END_ID, IM_START_ID, tokenizer_json
 

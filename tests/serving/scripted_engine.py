@@ -49,6 +49,9 @@ class ByteTokenizer:
                 pending.clear()
         return "".join([*parts, pending.decode("utf-8", "replace")])
 
+    def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.decode(token_ids, skip_special_tokens)
+
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
