@@ -103,9 +103,9 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--scheduling-policy",
         choices=SCHEDULING_POLICIES,
-        default="priority",
-        help="who runs first: priority: the request with the lowest 'priority' number, by arrival among equals; "
-        "fcfs: by arrival alone (default: %(default)s)",
+        default="fcfs",
+        help="who runs first: fcfs: by arrival alone, a request that sets 'priority' is refused; priority: the request "
+        "with the lowest 'priority' number, which any client may choose (default: %(default)s)",
     )
     engine.add_argument(
         "--block-size", type=int, default=16, help="tokens a KV block holds at TP 1 (default: %(default)s)"

@@ -14,7 +14,7 @@ MIN_PROMPT_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy")
 POLICIES = ("auto", "load_adaptive", "static")
-SCHEDULING_POLICIES = ("priority", "fcfs")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 ATTENTION_BACKENDS = ("auto", "xla", "pallas")
 
 
@@ -41,7 +41,8 @@ class EngineConfig:
         policy: who chooses the layout: ``static`` keeps it until somebody asks for another, ``auto``
             (``load_adaptive``) plans it with the load.
         switch_strategy: what becomes of requests in flight at switches that name no strategy.
-        scheduling_policy: ``priority``: a request with a lower priority number runs first; ``fcfs`` ignores it.
+        scheduling_policy: ``fcfs``: requests run in order of arrival, and one that sets a priority is refused;
+            ``priority``: a request with a lower priority number runs first.
         base_tp: smallest TP degree that holds the model; None: found from the memory.
         dtype: ``auto`` keeps the checkpoint's.
         load_format: ``dummy`` draws random weights on the devices from ``config.json`` alone, for measuring speed;
@@ -67,7 +68,7 @@ class EngineConfig:
     layouts: tuple[str, ...] | None = None
     policy: str = "auto"
     switch_strategy: SwitchStrategy = SwitchStrategy.MIGRATE
-    scheduling_policy: str = "priority"
+    scheduling_policy: str = "fcfs"
     base_tp: int | None = None
     dtype: str = "auto"
     load_format: str = "auto"

@@ -206,7 +206,8 @@ class Engine:
             bounded: refuse it when too many wait already; offline batches have no such limit.
 
         Raises:
-            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id, too wide a group.
+            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id, too wide a group,
+                a priority where requests run in order of arrival.
             ContextLengthError: the prompt fits no group that there could be.
             QueueFullError: too many wait already.
         """
@@ -214,6 +215,12 @@ class Engine:
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
         if request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
+        if params.priority and not self._by_priority:
+            raise InvalidRequestError(
+                f"priority {params.priority} needs --scheduling-policy priority, and this engine runs requests in "
+                "order of arrival (fcfs): leave priority out",
+                param="priority",
+            )
         min_width = params.tensor_parallel_size or 1
         self.scheduler.check(len(prompt_ids), min_width, bounded=bounded)
         prompt = self._checked_tokens(prompt_ids)
@@ -227,7 +234,7 @@ class Engine:
             seed=seed,
             arrival=self._clock(),
             min_width=min_width,
-            priority=params.priority if self._by_priority else 0,
+            priority=params.priority,
         )
         self.outputs.add(request)
         self.scheduler.add(request)

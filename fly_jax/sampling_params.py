@@ -33,7 +33,8 @@ class SamplingParams:
         logprobs: report this many most likely alternatives per token (0: only the sampled token's own).
         prompt_logprobs: report the teacher-forced log-probability of each prompt token.
         skip_special_tokens: leave special tokens out of the text.
-        priority: lower runs first; requests of equal priority run in order of arrival.
+        priority: lower runs first; requests of equal priority run in order of arrival. Other than 0 it needs the
+            scheduling policy ``priority``.
         tensor_parallel_size: run on a group at least this wide; None leaves the choice to the engine.
 
     Raises:

@@ -224,6 +224,7 @@ def simulated_engine(
     overlap: bool = True,
     instant: bool = True,
     policy: str = "static",
+    scheduling_policy: str = "priority",
     strategy: SwitchStrategy = SwitchStrategy.MIGRATE,
     patience: int = 512,
     clock: Callable[[], float] = time.perf_counter,
@@ -242,7 +243,7 @@ def simulated_engine(
             seed=0,
             policy=policy,
             switch_strategy=strategy,
-            scheduling_policy="priority",
+            scheduling_policy=scheduling_policy,
         ),
         model_config=SimpleNamespace(vocab_size=VOCABULARY),
         tokenizer=SimpleNamespace(stream=lambda skip_special_tokens: _TextStream()),  # noqa: ARG005

@@ -173,11 +173,11 @@ def test_an_environment_variable_that_is_no_number_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], {"layout": None, "policy": "auto", "switch_strategy": "migrate", "scheduling_policy": "priority"}),
+        ([], {"layout": None, "policy": "auto", "switch_strategy": "migrate", "scheduling_policy": "fcfs"}),
         (["--layout", "2+2", "--policy", "static"], {"layout": "2+2", "policy": "static"}),
         (["--policy", "load_adaptive"], {"policy": "load_adaptive"}),
         (["--switch-strategy", "hard_preempt"], {"switch_strategy": "hard_preempt"}),
-        (["--scheduling-policy", "fcfs"], {"scheduling_policy": "fcfs"}),
+        (["--scheduling-policy", "priority"], {"scheduling_policy": "priority"}),
     ],
 )
 def test_options_of_layouts_and_order_reach_the_engine(
@@ -224,7 +224,7 @@ class NoLLM:
         ("generate", "--policy", ("auto", "load_adaptive", "static")),
         ("serve", "--switch-strategy", tuple(SwitchStrategy)),
         ("demo", "--switch-strategy", tuple(SwitchStrategy)),
-        ("generate", "--scheduling-policy", ("priority", "fcfs")),
+        ("generate", "--scheduling-policy", ("fcfs", "priority")),
     ],
 )
 def test_an_unknown_choice_is_one_line_with_those_there_are(

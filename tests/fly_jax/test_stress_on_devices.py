@@ -83,7 +83,8 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder: Path = tmp_path_factory.mktemp("tiny")
     case = {**CASES["llama_mha"], "max_position_embeddings": 512, "num_key_value_heads": request.param}
     write_model(folder, case)
-    model = load_model(small_config(folder, num_blocks=BLOCKS, block_size=BLOCK_SIZE, layout="4"))
+    options: dict[str, Any] = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "scheduling_policy": "priority"}
+    model = load_model(small_config(folder, layout="4", **options))
     engine, answers = Engine(model), {each: Answer() for each in TASKS}
     for index, each in enumerate(TASKS):
         engine.add_request(str(index), each.prompt, each.params)

@@ -73,6 +73,13 @@ def test_a_width_that_no_group_has_is_refused_by_name(server: LiveServer) -> Non
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tensor_parallel_size")
 
 
+def test_no_client_goes_before_others_unless_the_server_runs_by_priority(server: LiveServer) -> None:
+    answer = server.http.post("/v1/completions", json={"prompt": "me first", "priority": -1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
+    assert "--scheduling-policy priority" in answer.json()["error"]["message"]
+    assert server.http.post("/v1/completions", json={"prompt": "in turn", "priority": 0}).status_code == 200
+
+
 def test_a_stream_adds_up_to_the_whole_answer(server: LiveServer) -> None:
     model = server.openai.models.list().data[0].id
     whole = server.openai.chat.completions.create(
