@@ -11,9 +11,12 @@ from jax import Array
 
 from fly_jax.group_scheduler import ScheduledRow, StepPlan, round_up_to_tile
 from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.request import MAX_MASKED_TOKENS
 
 # Context positions that one iteration of the attention loop covers; block tables are padded to whole iterations.
 CHUNK_TOKENS = 128
+# Fills up a row's list of token ids; past every vocabulary.
+NO_TOKEN = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,14 @@ def sampled_rows(plan: StepPlan) -> tuple[ScheduledRow, ...]:
 def sampling_layout(rows: int) -> PackedLayout:
     """The upload of a head step of this many rows; floats travel as their bits."""
     names = ("slots", "temperature", "top_k", "top_p", "min_p", "seed_high", "seed_low", "draw", "top_logprobs")
-    return PackedLayout(tuple((name, (rows,)) for name in names))
+    return PackedLayout((*((name, (rows,)) for name in names), ("masked_tokens", (rows, MAX_MASKED_TOKENS))))
 
 
 def pack_sampling(rows: tuple[ScheduledRow, ...], bucket: int, pad_slot: int) -> np.ndarray:
     """``int32 [1, size]``: sampling options of the rows; pad rows are greedy and write to ``pad_slot``."""
-    columns = {name: np.zeros(bucket, np.int32) for name, _ in sampling_layout(bucket).fields}
+    columns = {name: np.zeros(shape, np.int32) for name, shape in sampling_layout(bucket).fields}
     columns["slots"][:] = pad_slot
+    columns["masked_tokens"][:] = NO_TOKEN
     columns["top_p"][:] = np.ones(bucket, np.float32).view(np.int32)
     for index, row in enumerate(rows):
         request, params = row.request, row.request.params
@@ -162,7 +166,10 @@ def pack_sampling(rows: tuple[ScheduledRow, ...], bucket: int, pad_slot: int) ->
         columns["seed_high"][index] = np.uint32(request.seed >> 32).view(np.int32)
         columns["seed_low"][index] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
         # The draw is numbered by the token's position among the outputs, so no batch or layout changes it.
-        columns["draw"][index] = row.start + row.count - len(request.prompt_ids)
+        draw = row.start + row.count - len(request.prompt_ids)
+        columns["draw"][index] = draw
+        masked = request.masked_tokens(draw)
+        columns["masked_tokens"][index, : len(masked)] = masked
         columns["top_logprobs"][index] = params.logprobs or 0
         for name in ("temperature", "top_p", "min_p"):
             columns[name][index] = np.float32(getattr(params, name)).view(np.int32)

@@ -20,7 +20,7 @@ from fly_jax.loader import LoadedModel
 from fly_jax.output_processor import OutputProcessor
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.policy import Policy
-from fly_jax.request import Request, RequestState
+from fly_jax.request import Request, RequestState, end_tokens
 from fly_jax.runner import InFlightStep, RowResult
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduler import Scheduler
@@ -178,6 +178,8 @@ class Engine:
         row, request = result.row, result.row.request
         if request.finished:
             return None
+        if result.failed:
+            return self._fail_of_logits(request)
         fresh = len(request.prompt_logprobs) - row.start  # a recomputed prompt is scored again
         request.prompt_logprobs.extend(result.scores[max(0, fresh) :])
         if result.token is None:
@@ -195,6 +197,20 @@ class Engine:
             self._close(request, delta.finish_reason)
         return delta
 
+    def _fail_of_logits(self, request: Request) -> RequestDelta:
+        """Ends a request whose logits are no distribution; its KV holds NaN, which nobody else reads."""
+        prompt, output = len(request.prompt_ids), len(request.output_ids)
+        logger.error(
+            "request %s failed: NaN or infinite logits after %d prompt and %d output tokens, on %s",
+            request.request_id, prompt, output, "no group" if request.table is None else request.table.group,
+        )  # fmt: skip
+        self._counters["corrupted_requests"] += 1
+        error = (
+            f"the model gave NaN or infinite logits after {prompt} prompt and {output} output tokens, so there is no "
+            "next token to sample: check the weights and the dtype"
+        )
+        return self._end(request, FinishReason.ERROR, error=error)
+
     # -- requests ---------------------------------------------------------------------------------------------
 
     def add_request(
@@ -207,7 +223,7 @@ class Engine:
 
         Raises:
             InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id, too wide a group,
-                a priority where requests run in order of arrival.
+                a priority where requests run in order of arrival, more stop tokens than ``min_tokens`` can mask.
             ContextLengthError: the prompt fits no group that there could be.
             QueueFullError: too many wait already.
         """
@@ -235,6 +251,7 @@ class Engine:
             arrival=self._clock(),
             min_width=min_width,
             priority=params.priority,
+            end_tokens=end_tokens(params, self.outputs.eos_token_ids, self.model.plan.model_config.vocab_size),
         )
         self.outputs.add(request)
         self.scheduler.add(request)
@@ -333,6 +350,7 @@ class Engine:
             prompt_tokens=self._counters["prompt_tokens"],
             generation_tokens=self._counters["generation_tokens"],
             requests_finished=dict(self._finished),
+            corrupted_requests=self._counters["corrupted_requests"],
             preemptions=scheduler.num_preemptions,
             switches={str(strategy): count for strategy, count in control.log.count.items()},
             switch_history=tuple(control.log.history),

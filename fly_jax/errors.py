@@ -39,6 +39,10 @@ class ContextLengthError(InvalidRequestError):
     """A prompt (plus what it must generate) is longer than the engine can hold."""
 
 
+class RequestFailedError(FlyJaxError):
+    """The engine gave up on this one request; the others go on."""
+
+
 class QueueFullError(FlyJaxError):
     """The engine already has as many waiting requests as it is allowed to queue."""
 

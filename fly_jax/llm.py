@@ -13,7 +13,7 @@ import numpy as np
 
 from fly_jax.choices import policy_given, policy_named, strategy_named
 from fly_jax.config import EngineConfig
-from fly_jax.errors import EngineDeadError, InvalidRequestError
+from fly_jax.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport, TokenLogprob
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices
 from fly_jax.progress import GenerationProgress, LoadProgress
@@ -82,9 +82,16 @@ class LLM:
         return self._run(pending, each)
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced log-probabilities, float32 ``[len(token_ids) - 1]``: entry i is token i + 1's."""
+        """Teacher-forced log-probabilities, float32 ``[len(token_ids) - 1]``: entry i is token i + 1's.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: the tokens are refused.
+            RequestFailedError: their logits are NaN or infinite.
+        """
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
         (output,) = self._run([_Pending(tuple(token_ids), None)], [params], show=False)
+        if output.error is not None:
+            raise RequestFailedError(output.error)
         assert output.prompt_logprobs is not None
         return np.asarray(output.prompt_logprobs, np.float32)
 

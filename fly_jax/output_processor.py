@@ -79,7 +79,7 @@ class OutputProcessor:
         text, stop_string = "", None
         if reason is None:
             text = stream.text.push(sampled.token_id)
-            if len(request.output_ids) >= request.params.min_tokens:
+            if len(request.output_ids) > request.params.min_tokens:
                 text, stop_string = stream.stops.push(text)
             if stop_string is not None:
                 reason, stop_reason = FinishReason.STOP, stop_string
@@ -101,7 +101,7 @@ class OutputProcessor:
 
     def _stop_by_token(self, request: Request, token: int) -> tuple[FinishReason | None, str | int | None]:
         params = request.params
-        if len(request.output_ids) < params.min_tokens:
+        if len(request.output_ids) <= params.min_tokens:
             return None, None
         if token in params.stop_token_ids:
             return FinishReason.STOP, token

@@ -35,7 +35,8 @@ class TokenLogprob:
 
     Attributes:
         token_id: the sampled token.
-        logprob: natural log-probability of the token under the model's untempered distribution.
+        logprob: natural log-probability of the token under the model's own distribution, before temperature,
+            truncation and the mask of ``min_tokens``.
         top: (token id, log-probability), most likely first.
     """
 
@@ -148,6 +149,7 @@ class EngineStats:
         decisions: how often the policy decided what.
         running, paused, waiting: requests.
         kv_usage: used fraction of all KV blocks, 0 to 1.
+        corrupted_requests: that ended with an error because their logits were NaN or infinite.
         switches: by strategy.
         switch_history: the latest reports, oldest first.
         switch_tokens_recomputed, switch_kv_bytes_moved: of all switches.
@@ -170,6 +172,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     requests_finished: dict[str, int]
+    corrupted_requests: int
     preemptions: int
     switches: dict[str, int]
     switch_history: tuple[SwitchReport, ...]

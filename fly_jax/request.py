@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from fly_jax.errors import InvalidRequestError
 from fly_jax.kv_cache import BlockTable
 from fly_jax.outputs import FinishReason
 from fly_jax.sampling_params import SamplingParams
+
+# Token ids that one request may mask; each costs a place in every row of every step's upload.
+MAX_MASKED_TOKENS = 32
 
 
 class RequestState(Enum):
@@ -31,6 +35,7 @@ class Request:
         priority: lower runs first.
         order: number of its arrival.
         seed: resolved sampling seed.
+        end_tokens: the model's own and the request's stop tokens, none of which comes before ``min_tokens`` others.
         num_computed: positions whose KV is written by launched steps.
         num_pending: sampled tokens that are still on the device.
         slot: row of the group's device-side token table while running, -1 otherwise.
@@ -49,6 +54,7 @@ class Request:
     min_width: int = 1
     priority: int = 0
     order: int = 0
+    end_tokens: tuple[int, ...] = ()
     max_tokens: int = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
@@ -114,9 +120,31 @@ class Request:
     def finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
+    def masked_tokens(self, number: int) -> tuple[int, ...]:
+        """Token ids that may not be output token ``number``, counted from 0."""
+        return self.end_tokens if number < self.params.min_tokens else ()
+
     def token_at(self, position: int) -> int:
         """Token id at a position, or -1 if it is still on the device."""
         if position < len(self.prompt_ids):
             return self.prompt_ids[position]
         index = position - len(self.prompt_ids)
         return self.output_ids[index] if index < len(self.output_ids) else -1
+
+
+def end_tokens(params: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> tuple[int, ...]:
+    """What ``min_tokens`` masks: as in vLLM the model's own end tokens too where ``ignore_eos`` is set.
+
+    Raises:
+        InvalidRequestError: they are more than a row of the upload holds.
+    """
+    if not params.min_tokens:
+        return ()
+    tokens = eos_token_ids.union(params.stop_token_ids)
+    if len(tokens) > MAX_MASKED_TOKENS:
+        reason = (
+            f"min_tokens can mask {MAX_MASKED_TOKENS} end and stop tokens, got {len(tokens)}: "
+            "give fewer stop_token_ids, or leave min_tokens out"
+        )
+        raise InvalidRequestError(reason, param="stop_token_ids")
+    return tuple(token for token in sorted(tokens) if 0 <= token < vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class RowResult:
     row: ScheduledRow
     token: TokenLogprob | None
     scores: tuple[float, ...] = ()
+
+    @property
+    def failed(self) -> bool:
+        """The row's logits were no distribution; see :func:`fly_jax.sampling.log_probabilities`."""
+        return (self.token is not None and math.isnan(self.token.logprob)) or any(map(math.isnan, self.scores))
 
 
 @dataclass(frozen=True, slots=True)

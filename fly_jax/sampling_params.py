@@ -22,14 +22,15 @@ class SamplingParams:
     Attributes:
         max_tokens: at most this many tokens are generated; None: up to the context limit.
         temperature: 0 is greedy.
-        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_k: keep the k most likely tokens, of equal ones those of lowest id; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose mass reaches this.
-        min_p: keep tokens at least this fraction as likely as the most likely one.
+        min_p: keep tokens at least this fraction as likely as the most likely one; 1 keeps one token.
         seed: the same seed gives the same tokens whatever else runs; None draws one.
         stop: strings that end the generation; they are not part of the text.
         stop_token_ids: token ids that end the generation, besides the model's own.
         ignore_eos: go on after the model's own end-of-sequence tokens.
-        min_tokens: no end-of-sequence or stop is honoured before this many tokens.
+        min_tokens: end-of-sequence tokens (``ignore_eos`` or not) and ``stop_token_ids`` are not sampled, and stop
+            strings not honoured, until there are this many tokens.
         logprobs: report this many most likely alternatives per token (0: only the sampled token's own).
         prompt_logprobs: report the teacher-forced log-probability of each prompt token.
         skip_special_tokens: leave special tokens out of the text.

@@ -19,7 +19,7 @@ from fly_jax.device_arrays import BY_RANK
 from fly_jax.group_scheduler import TILE_TOKENS
 from fly_jax.models.llama import Decoder, LMHead
 from fly_jax.models.sharding import TP_AXIS, ModelSpec
-from fly_jax.sampling import SamplingRows, results, sample
+from fly_jax.sampling import SamplingRows, log_probabilities, results, sample
 from kernels_pallas import AttentionBackend, AttentionOptions, KVLayout, QueryRuns
 
 _REPLICATED = PartitionSpec()
@@ -148,8 +148,7 @@ def score(spec: ModelSpec, mesh: Mesh) -> Callable[..., Array]:
     def rank_step(leaves: tuple[Array, ...], hidden: Array, targets: Array) -> Array:
         def score_tile(tile: tuple[Array, Array]) -> Array:
             logits = _gather_logits(spec, mesh, leaves, tile[0])
-            chosen = jnp.take_along_axis(logits, tile[1][:, None], axis=-1)[:, 0]
-            return chosen - jax.nn.logsumexp(logits, axis=-1)
+            return jnp.take_along_axis(log_probabilities(logits), tile[1][:, None], axis=-1)[:, 0]
 
         # Tile by tile: the logits of all places at once would take tokens * vocabulary * 4 bytes.
         tiles = (hidden.reshape(-1, TILE_TOKENS, hidden.shape[-1]), targets.reshape(-1, TILE_TOKENS))

@@ -18,6 +18,7 @@ from fly_jax.errors import (
     InvalidRequestError,
     LayoutError,
     QueueFullError,
+    RequestFailedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,6 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
-
-
-class RequestFailedError(FlyJaxError):
-    """The engine gave up on this one request; the others go on."""
 
 
 def to_api_error(exc: BaseException) -> ApiError:

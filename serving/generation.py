@@ -10,11 +10,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from fly_jax.errors import InvalidRequestError
+from fly_jax.errors import InvalidRequestError, RequestFailedError
 from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
 from fly_jax.sampling_params import MAX_SEED, SamplingParams
 from serving.engine_client import EngineClient
-from serving.errors import RequestFailedError
 from serving.metrics import ServerMetrics
 from serving.prompts import EncodedPrompt, check_token_ids
 from serving.protocol import GenerationBody

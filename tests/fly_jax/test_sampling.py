@@ -156,9 +156,9 @@ def test_a_row_that_truncates_nothing_keeps_its_tail_beside_one_that_does() -> N
     logits = np.random.default_rng(0).normal(size=(16, 512)).astype(np.float32) * 6
     packed = pack_sampling((*(make_row() for _ in range(15)), make_row(top_k=5)), 16, pad_slot=0)[0]
     rows = SamplingRows.of(sampling_layout(16).unpack(jnp.asarray(packed)))
-    floor = np.asarray(jax.jit(lambda logits: sampling._threshold(logits, rows))(logits))
-    assert np.all(floor[:15] <= logits[:15].min(axis=-1))
-    assert floor[15] == np.sort(logits[15])[-5]
+    kept = np.asarray(jax.jit(lambda logits: sampling.what_is_kept(logits, rows).holds(logits))(logits))
+    assert kept[:15].all()
+    np.testing.assert_array_equal(np.flatnonzero(kept[15]), np.sort(np.argsort(-logits[15])[:5]))
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (7, 7 + 2**32), (2**32, 2**33), (0, 2**63 - 1)])
@@ -179,6 +179,63 @@ def test_masked_tokens_are_never_drawn() -> None:
     logits = np.where(np.arange(VOCABULARY) % 2 == 0, 0.0, -np.inf).astype(np.float32)
     assert set(draws(logits, 400) % 2) == {0}
     assert set(draws(logits, 400, top_k=30) % 2) == {0}
+
+
+# Tokens 5, 9 and 20 are exactly as likely, and the likeliest; 3 and 7 come next.
+TIED = np.full(VOCABULARY, -3.0, np.float32)
+TIED[[5, 9, 20]], TIED[[3, 7]] = 2.0, 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"top_k": 1, "temperature": 3.0}],
+    ids=str,
+)
+def test_whatever_leaves_one_token_leaves_the_lowest_id_of_equal_logits(options: dict[str, Any]) -> None:
+    assert set(draws(TIED, 40, **options)) == {5}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"top_k": 2}, {5, 9}), ({"top_k": 4}, {3, 5, 9, 20}), ({"top_p": 0.35}, {5, 9}), ({"min_p": 0.9}, {5, 9, 20})],
+    ids=str,
+)
+def test_of_equal_logits_at_the_border_those_of_lowest_id_are_kept(options: dict[str, Any], kept: set[int]) -> None:
+    assert set(draws(TIED, 200, **options)) == kept
+
+
+def test_logits_that_become_equal_only_by_their_temperature_keep_their_order() -> None:
+    """Two neighbours below 2 are the same float32 after a division; top_k 1 must still pick what temperature 0 does."""
+    temperature, logits = 1.29, np.full(VOCABULARY, -9.0, np.float32)
+    logits[8] = np.nextafter(np.float32(2), np.float32(0))
+    logits[4] = np.nextafter(logits[8], np.float32(0))
+    assert logits[4] / np.float32(temperature) == logits[8] / np.float32(temperature)
+    assert set(draws(logits, 16, top_k=1, temperature=temperature)) == {8}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 2}], ids=str)
+def test_masked_end_tokens_come_only_after_min_tokens(options: dict[str, Any]) -> None:
+    """Rows of one batch, each at another output token; the mask depends on its number alone."""
+    logits = np.full(VOCABULARY, -20.0, np.float32)
+    logits[[2, 6, 11, 12]] = 30.0, 20.0, 0.0, -1.0
+    rows = []
+    for draw in range(ROWS):
+        row = make_row(draw, min_tokens=5, **options)
+        row.request.end_tokens = (2, 6)
+        rows.append(row)
+    tokens = sample(np.tile(logits, (ROWS, 1)), rows).tolist()
+    assert set(tokens[:5]) <= {11, 12}
+    assert options.get("temperature") != 0.0 or tokens[:5] == [11] * 5
+    assert tokens[5:] == [2] * (ROWS - 5)
+
+
+def test_a_mask_leaves_the_draws_of_what_remains_as_they_were() -> None:
+    unlikely = LOGITS[:1].copy()
+    unlikely[0, 7] = -np.inf
+    for draw in range(12):
+        masked = make_row(draw, min_tokens=16, max_tokens=16)
+        masked.request.end_tokens = (7,)
+        assert sample(LOGITS[:1], [masked]) == sample(unlikely, [make_row(draw)])
 
 
 @cache
@@ -204,6 +261,17 @@ class TestResults:
         values = bits.view(np.float32)[:, 2 + MAX_LOGPROBS :]
         exact = np.take_along_axis(np.asarray(jax.nn.log_softmax(LOGITS)), order, axis=-1)
         np.testing.assert_allclose(values, exact, atol=1e-5)
+
+    def test_a_row_is_nan_only_where_its_logits_are_no_distribution(self) -> None:
+        """One -inf is a token that cannot be; NaN, +inf and nothing but -inf are failures, of their row alone."""
+        logits = LOGITS.copy()
+        logits[0, 3], logits[1, 3], logits[2, 3], logits[3] = -np.inf, np.nan, np.inf, -np.inf
+        tokens = np.array([5, 5, 5, 5, 5, 5, 5, 3], np.int32)
+        bits = np.asarray(compiled_results()(logits, tokens, np.zeros(ROWS, np.int32)))
+        failed = np.isnan(bits.view(np.float32)[:, 1])
+        np.testing.assert_array_equal(failed, [False, True, True, True, False, False, False, False])
+        of_the_masked = np.asarray(compiled_results()(logits, np.full(ROWS, 3, np.int32), np.zeros(ROWS, np.int32)))
+        assert of_the_masked.view(np.float32)[0, 1] == -np.inf
 
     def test_a_vocabulary_smaller_than_the_alternatives_is_padded(self) -> None:
         logits = jnp.zeros((2, MAX_LOGPROBS - 5))

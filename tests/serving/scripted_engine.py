@@ -241,6 +241,7 @@ class ScriptedEngine:
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generated_tokens,
             requests_finished=dict(self.finished),
+            corrupted_requests=0,
             preemptions=0,
             switches=dict(Counter(str(report.strategy) for report in self.switch_reports)),
             switch_history=tuple(self.switch_reports[-HISTORY:]),

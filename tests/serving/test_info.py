@@ -101,6 +101,7 @@ def test_a_scrape_after_some_work(in_process: Client) -> None:
         ("vllm:prompt_tokens_total", ()): 9,
         ("vllm:generation_tokens_total", ()): tokens + 10,
         ("vllm:num_preemptions_total", ()): 0,
+        ("vllm:corrupted_requests_total", ()): 0,
         ("vllm:request_success_total", (("finished_reason", "stop"),)): 1,
         ("vllm:request_success_total", (("finished_reason", "length"),)): 2,
         ("vllm:time_to_first_token_seconds_count", ()): 3,
