@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ _deadline: ContextVar[float] = ContextVar("deadline")
 class ChatTemplate:
     """A compiled Jinja template: no attribute access to internals, no mutation, bounded output and time."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationExtension]
         )
@@ -46,7 +46,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate | None:
+    def load(cls, folder: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
         """From ``chat_template.jinja`` or ``tokenizer_config.json``, None where neither has one.
 
         Raises:
@@ -55,10 +55,7 @@ class ChatTemplate:
         config_path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = read_json(config_path) if config_path.exists() else {}
         source = _read_text(file) if file.exists() else _configured(config, config_path)
-        if source is None:
-            return None
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        return cls(source, {name: _token_text(config.get(name)) for name in names})
+        return None if source is None else cls(source, special_tokens)
 
     def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
         """The prompt.
@@ -199,10 +196,6 @@ def _configured(config: dict[str, Any], path: Path) -> str | None:
     if source is not None and not isinstance(source, str):
         raise CheckpointError(f"{path}: chat_template must be text or a list of templates, not {type(source).__name__}")
     return source
-
-
-def _token_text(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
 def _raise_exception(message: str) -> None:

@@ -82,7 +82,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         base_tp=base_tp,
         attention_backend=_attention_backend(config, devices),
     )
-    eos = _eos_token_ids(folder)
+    eos = _eos_token_ids(folder, tokenizer.eos_token_id)
     return EnginePlan(config, model_config, tokenizer, eos, devices, base_tp, layout, groups, limits, shapes)
 
 
@@ -242,12 +242,13 @@ def fitting_blocks(wanted: int | None, block_bytes: int, memory: int, weights: i
     return num_blocks
 
 
-def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """From generation_config.json, else config.json.
+def _eos_token_ids(folder: Path, own: int | None) -> frozenset[int]:
+    """From generation_config.json, else config.json; and the tokenizer's own, as in vLLM.
 
     Raises:
         ConfigError: what is there is no token id or list of them.
     """
+    always = frozenset() if own is None else frozenset({own})
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         value = read_json(path).get("eos_token_id") if path.exists() else None
@@ -256,5 +257,5 @@ def _eos_token_ids(folder: Path) -> frozenset[int]:
         token_ids = value if isinstance(value, list) else [value]
         if any(type(token_id) is not int for token_id in token_ids):  # isinstance would take booleans
             raise ConfigError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
-        return frozenset(token_ids)
-    return frozenset()
+        return frozenset(token_ids) | always
+    return always

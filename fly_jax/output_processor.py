@@ -6,49 +6,15 @@ from dataclasses import dataclass
 
 from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
 from fly_jax.request import Request
+from fly_jax.stop_strings import StopFinder
 from fly_jax.text_stream import TextStream
 from fly_jax.tokenizer import Tokenizer
-
-
-class StopMatcher:
-    """Finds stop strings across token borders; text that may still become one is held back."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that is certain, and the stop string if one is complete (nothing from it on is emitted)."""
-        if not self._stops:
-            return text, None
-        self._held += text
-        found = [(index, stop) for stop in self._stops if (index := self._held.find(stop)) >= 0]
-        if found:
-            index, stop = min(found, key=lambda match: match[0])
-            certain, self._held = self._held[:index], ""
-            return certain, stop
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(certain) :]
-        return certain, None
-
-    def flush(self) -> str:
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
 
 
 @dataclass(slots=True)
 class _Stream:
     text: TextStream
-    stops: StopMatcher
+    stops: StopFinder
     sent_prompt_logprobs: bool = False
 
 
@@ -67,7 +33,8 @@ class OutputProcessor:
     def add(self, request: Request) -> None:
         params = request.params
         text = self.tokenizer.stream(params.skip_special_tokens, request.prompt_ids)
-        self._streams[request.request_id] = _Stream(text, StopMatcher(params.stop))
+        hidden = self.tokenizer.special_in(params.stop) if params.skip_special_tokens else {}
+        self._streams[request.request_id] = _Stream(text, StopFinder(params.stop, hidden))
 
     def discard(self, request: Request) -> None:
         self._streams.pop(request.request_id, None)
@@ -80,13 +47,13 @@ class OutputProcessor:
         if reason is None:
             text = stream.text.push(sampled.token_id)
             if len(request.output_ids) > request.params.min_tokens:
-                text, stop_string = stream.stops.push(text)
+                text, stop_string = stream.stops.push(sampled.token_id, text)
             if stop_string is not None:
                 reason, stop_reason = FinishReason.STOP, stop_string
         if reason is None and len(request.output_ids) >= request.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None and stop_string is None:
-            text += self._flush(stream)
+            text += stream.stops.flush(stream.text.flush())
         return RequestDelta(
             request.request_id,
             text=text,
@@ -108,11 +75,6 @@ class OutputProcessor:
         if token in self.eos_token_ids and not params.ignore_eos:
             return FinishReason.STOP, None
         return None, None
-
-    @staticmethod
-    def _flush(stream: _Stream) -> str:
-        text, stop = stream.stops.push(stream.text.flush())
-        return text if stop is not None else text + stream.stops.flush()
 
     @staticmethod
     def _prompt_logprobs(request: Request, stream: _Stream) -> tuple[float, ...] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from fly_jax.chat_template import ChatTemplate
 from fly_jax.errors import CheckpointError, InvalidRequestError
+from fly_jax.models.config import read_json
+from fly_jax.special_tokens import special_tokens_of
 from fly_jax.text_stream import PromptEnd, TextStream
 from fly_jax.token_bytes import TokenBytes
+
+logger = logging.getLogger(__name__)
 
 _FILE = "tokenizer.json"
 
@@ -22,13 +27,25 @@ _FILE = "tokenizer.json"
 class Tokenizer:
     """Text to token ids and back, and messages to a prompt."""
 
-    def __init__(self, tokenizer: HFTokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: HFTokenizer,
+        template: ChatTemplate | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            special_tokens: texts by name, as of :func:`fly_jax.special_tokens.special_tokens_of`.
+        """
         self._tokenizer, self._template = tokenizer, template
+        eos = (special_tokens or {}).get("eos_token")
+        self.eos_token_id: int | None = None if eos is None else tokenizer.token_to_id(eos)
         # The file may keep the settings of a training run, which would cut prompts or fill them up unasked.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special)
         self._token_bytes = TokenBytes(tokenizer)
 
     @staticmethod
@@ -39,6 +56,10 @@ class Tokenizer:
     @classmethod
     def of_folder(cls, folder: Path) -> Tokenizer:
         """
+        What is put around a prompt (BOS, EOS) is what the post-processor in ``tokenizer.json`` says, and nothing where
+        it has none: ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` do not count, as in
+        transformers 5. (Version 4.57 made a post-processor from them for Llama's classes, with BOS by default.)
+
         Raises:
             CheckpointError: the folder has no usable ``tokenizer.json``.
         """
@@ -51,7 +72,10 @@ class Tokenizer:
             tokenizer = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
-        return cls(tokenizer, ChatTemplate.load(folder))
+        special_tokens = special_tokens_of(folder, lambda text: tokenizer.token_to_id(text) is not None)
+        made = cls(tokenizer, ChatTemplate.load(folder, special_tokens), special_tokens)
+        _warn_of_flags(made, folder, special_tokens)
+        return made
 
     @property
     def has_chat_template(self) -> bool:
@@ -72,6 +96,12 @@ class Tokenizer:
         written = [token_id for token_id in token_ids if token_id not in hidden and self._is_token(token_id)]
         before = self.decode(written[: -len(end.token_ids)], skip_special_tokens)
         return before + self.decode(end.token_ids, skip_special_tokens).rstrip("\ufffd")
+
+    def special_in(self, texts: Sequence[str]) -> dict[int, str]:
+        """The special tokens, by id, that are written out in any of the texts."""
+        if not texts:
+            return {}
+        return {token_id: token for token_id, token in self._special.items() if any(token in text for text in texts)}
 
     def stream(self, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> TextStream:
         """The text of tokens that follow a prompt; only the prompt's last few tokens are looked at."""
@@ -101,6 +131,18 @@ class Tokenizer:
         if self._template is None:
             raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def _warn_of_flags(tokenizer: Tokenizer, folder: Path, special_tokens: Mapping[str, str]) -> None:
+    """Says where older versions of transformers would add a token, or leave one out, by a flag that does not count."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    added = tokenizer.decode(tokenizer.encode(""), skip_special_tokens=False)
+    for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        token = special_tokens.get(name)
+        if token and type(config.get(flag)) is bool and config[flag] != (token in added):
+            does = "adds" if token in added else "does not add"
+            logger.warning("%s has %s=%s, but %s %s %s: that counts", path, flag, config[flag], _FILE, does, token)
 
 
 def placeholder_tokenizer(vocab_size: int) -> Tokenizer:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fly_jax.output_processor import OutputProcessor, StopMatcher
+from fly_jax.output_processor import OutputProcessor
 from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
 from fly_jax.request import Request
+from fly_jax.stop_strings import StopMatcher
 from fly_jax.tokenizer import Tokenizer
 from tests.fly_jax.builders import make_request, make_tokenizer
 from tests.tiny_models import EOS_ID, IM_END_ID, IM_START_ID
@@ -202,3 +203,33 @@ def test_requests_do_not_share_text_state(processor: OutputProcessor) -> None:
     processor.discard(one)
     with pytest.raises(KeyError):
         processor.push(one, TokenLogprob(1, 0.0))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("stop", ["<|im_end|>", "\n<|im_end|>", "<|im_end|>\n", "b\n<|im_end|><|im_start|>"])
+def test_a_stop_string_with_special_tokens_matches_though_they_are_hidden(
+    processor: OutputProcessor, stop: str, skip: bool
+) -> None:
+    tokens = [*byte_tokens("ab\n"), IM_END_ID, *([] if "<|im_start|>" in stop else byte_tokens("\n")), IM_START_ID]
+    deltas = push_all(processor, make_request(stop=("zz", stop), skip_special_tokens=skip, max_tokens=99), tokens)
+    written = "ab\n<|im_end|>\n<|im_start|>" if "im_start" not in stop else "ab\n<|im_end|><|im_start|>"
+    assert text_of(deltas) == written[: written.index(stop)]
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_a_hidden_token_alone_is_neither_a_stop_string_nor_written(processor: OutputProcessor) -> None:
+    tokens = [*byte_tokens("a"), IM_END_ID, *byte_tokens("b!c")]
+    request = make_request(stop=("<|im_end|>\n", "b!"), max_tokens=99)
+    deltas = push_all(processor, request, tokens)
+    assert (text_of(deltas), deltas[-1].stop_reason) == ("a", "b!")
+
+
+def test_a_stop_string_that_spells_a_special_token_out_matches_too(processor: OutputProcessor) -> None:
+    deltas = push_all(processor, make_request(stop=("<|im_end|>",), max_tokens=99), byte_tokens("a<|im_end|>b"))
+    assert (text_of(deltas), deltas[-1].stop_reason) == ("a", "<|im_end|>")
+
+
+def test_text_held_back_for_a_hidden_stop_is_not_lost(processor: OutputProcessor) -> None:
+    tokens = [*byte_tokens("a"), IM_END_ID, *byte_tokens("b")]
+    deltas = push_all(processor, make_request(stop=("a<|im_end|>c",), max_tokens=3), tokens)
+    assert (text_of(deltas), deltas[-1].finish_reason) == ("ab", FinishReason.LENGTH)
