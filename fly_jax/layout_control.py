@@ -17,6 +17,7 @@ from fly_jax.policy import POLICIES, Decision, DecisionKind, Policy, name_of
 from fly_jax.request import Request
 from fly_jax.scheduler import Scheduler
 from fly_jax.switch_log import SwitchLog, SwitchTicket
+from fly_jax.widening_limit import WideningLimit
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class LayoutControl:
         self._ticket: SwitchTicket | None = None
         self._begun_at_pass = 0
         self._retry_at: dict[Layout, float] = {}
+        self._widening_limit = WideningLimit()
+        self._held_until: float | None = None
 
     @property
     def switching(self) -> bool:
@@ -167,7 +170,20 @@ class LayoutControl:
         target = decision.target
         if target is None or target == self.scheduler.layout or now < self._retry_at.get(target, now):
             return
-        self._decide(decision, target, now)
+        for_requests = decision.kind is DecisionKind.MAKE_ROOM or _serves_more(load, target)
+        if for_requests or self._may_split(decision, target, now):
+            self._decide(decision, target, now, for_requests=for_requests)
+
+    def _may_split(self, decision: Decision, target: Layout, now: float) -> bool:
+        """False while groups that requests made come and go too often; says so once."""
+        until = self._widening_limit.kept_until(target, now)
+        if until is not None and until != self._held_until:
+            self._held_until = until
+            logger.info(
+                "policy: %s stays for %.1f s, requests asked for its groups too often; then %s: %s, %s",
+                self.scheduler.layout, until - now, target, decision.kind, decision.reason,
+            )  # fmt: skip
+        return until is None
 
     def _ask(self, load: Load) -> Decision:
         """What the policy wants; one that fails gives way, since the requests of everybody else depend on this loop."""
@@ -184,8 +200,9 @@ class LayoutControl:
             self.policy = FALLBACK
             return Decision(None, DecisionKind.HOLD, self.last_decision)
 
-    def _decide(self, decision: Decision, target: Layout, now: float) -> None:
-        text = f"{self.scheduler.layout} -> {target}: {decision.kind}, {decision.reason}"
+    def _decide(self, decision: Decision, target: Layout, now: float, *, for_requests: bool) -> None:
+        source = self.scheduler.layout
+        text = f"{source} -> {target}: {decision.kind}, {decision.reason}"
         try:
             self._begin(target, self._strategy_for(decision), decision.reason, elastic=True)
         except LayoutError as error:
@@ -193,6 +210,8 @@ class LayoutControl:
             logger.info("policy: %s; refused: %s", text, error)
             self.decisions["refused"] += 1
             return
+        if for_requests:
+            self._widening_limit.widened(source, target, now)
         self.last_decision = text
         self.decisions[str(decision.kind)] += 1
         logger.info("policy: %s", text)
@@ -258,6 +277,12 @@ class LayoutControl:
     def ended(self, request: Request) -> None:
         self.estimator.finished(len(request.output_ids))
         self.log.ended(request)
+
+
+def _serves_more(load: Load, target: Layout) -> bool:
+    """Some waiting request asks for more width than the layout has, and would get more."""
+    wanted = max((request.min_width for request in load.waiting), default=1)
+    return min(wanted, target.widest) > load.layout.widest
 
 
 def _log_report(report: SwitchReport) -> None:
