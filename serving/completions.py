@@ -40,7 +40,7 @@ class ChoiceWriter:
         self._sub = sub
         self._tokenizer = tokenizer
         self._owes_echo = bool(body.echo)
-        self._logprobs = None if body.logprobs is None else CompletionLogprobWriter(tokenizer, body.logprobs)
+        self._logprobs = None if body.logprobs is None else self._logprob_writer(body.logprobs)
 
     @property
     def owes_echo(self) -> bool:
@@ -62,10 +62,20 @@ class ChoiceWriter:
             stop_reason=part.stop_reason,
         )
 
+    def _logprob_writer(self, top: int) -> CompletionLogprobWriter:
+        skip = self._sub.params.skip_special_tokens
+        return CompletionLogprobWriter(self._tokenizer, top, self._sub.prompt.token_ids, skip_special_tokens=skip)
+
     def _echo(self, part: RequestDelta | Outcome) -> str:
+        text = self._prompt_text()
+        if self._logprobs is not None:
+            self._logprobs.start_at(len(text))
+            if part.prompt_logprobs is not None:
+                self._logprobs.add_prompt(part.prompt_logprobs)
+        return text
+
+    def _prompt_text(self) -> str:
         prompt = self._sub.prompt
-        if self._logprobs is not None and part.prompt_logprobs is not None:
-            self._logprobs.add_prompt(prompt.token_ids, part.prompt_logprobs)
         if prompt.text is not None:
             return prompt.text
         # What the output completes of a last character comes with the output, if there is one.

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from fly_jax.async_engine import AsyncEngine
 
 
+class TextStreamClient(Protocol):
+    """Tokens one by one to text."""
+
+    def push(self, token_id: int, /) -> str:
+        """The text that this token completes."""
+        ...
+
+
 class TokenizerClient(Protocol):
     """Text to token ids and back. Called from several threads at once."""
 
@@ -28,6 +36,10 @@ class TokenizerClient(Protocol):
 
     def decode_prompt(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str:
         """The text before that of the output: all but a character that the prompt leaves unfinished."""
+        ...
+
+    def stream(self, skip_special_tokens: bool, prompt_ids: Sequence[int] = (), /) -> TextStreamClient:
+        """For the text of tokens that follow a prompt."""
         ...
 
     def apply_chat_template(

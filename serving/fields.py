@@ -66,10 +66,7 @@ def is_token_id(value: Any) -> bool:
 
 def _one_prompt(value: Any, what: str) -> Prompt:
     if isinstance(value, str):
-        text = require_text(value, what)
-        if not text:
-            raise invalid(f"{what} must not be empty")
-        return text
+        return require_text(value, what)  # an empty one is for the tokenizer to judge: it may begin with BOS
     if isinstance(value, list):
         if not value:
             raise invalid(f"{what} must not be empty")

@@ -38,27 +38,43 @@ def chat_logprobs(tokenizer: TokenizerClient, entries: Iterable[TokenLogprob], t
 
 
 class CompletionLogprobWriter:
-    """Collects one choice's tokens; text offsets go on from one chunk to the next."""
+    """Collects one choice's tokens; text offsets go on from one chunk to the next.
 
-    def __init__(self, tokenizer: TokenizerClient, top: int) -> None:
+    An offset is the place in the choice's text, in characters: a token that is left out of the text takes no place
+    there, and each token of a character is where the character begins.
+    """
+
+    def __init__(
+        self, tokenizer: TokenizerClient, top: int, prompt_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._top = top
+        self._prompt_ids = prompt_ids
+        self._skip = skip_special_tokens
+        self._stream = tokenizer.stream(skip_special_tokens, prompt_ids)
         self._offset = 0
         self._out = self._empty()
 
-    def add_prompt(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+    def start_at(self, offset: int) -> None:
+        """The choice's text begins with this many characters of the prompt."""
+        self._offset = offset
+
+    def add_prompt(self, logprobs: Sequence[float]) -> None:
         """An echoed prompt: nothing comes before its first token, so that has no log-probability.
 
         The engine reports the token's own log-probability only, so that is all ``top_logprobs`` holds.
         """
-        for token_id, logprob in zip(token_ids, [None, *logprobs], strict=True):
+        stream, offset = self._tokenizer.stream(self._skip), 0
+        for token_id, logprob in zip(self._prompt_ids, [None, *logprobs], strict=True):
             text = token_text(self._tokenizer, token_id)
-            self._append(text, logprob, None if logprob is None else {text: finite(logprob)})
+            self._append(text, offset, logprob, None if logprob is None else {text: finite(logprob)})
+            offset += len(stream.push(token_id))
 
     def add(self, entries: Iterable[TokenLogprob]) -> None:
         for entry in entries:
             text = token_text(self._tokenizer, entry.token_id)
-            self._append(text, entry.logprob, self._alternatives(entry, text))
+            self._append(text, self._offset, entry.logprob, self._alternatives(entry, text))
+            self._offset += len(self._stream.push(entry.token_id))
 
     def take(self) -> CompletionLogprobs:
         """What was added since the last call."""
@@ -73,12 +89,11 @@ class CompletionLogprobWriter:
         found.setdefault(text, finite(entry.logprob))
         return found
 
-    def _append(self, text: str, logprob: float | None, top: dict[str, float] | None) -> None:
+    def _append(self, text: str, offset: int, logprob: float | None, top: dict[str, float] | None) -> None:
         self._out.tokens.append(text)
         self._out.token_logprobs.append(None if logprob is None else finite(logprob))
         self._out.top_logprobs.append(top)
-        self._out.text_offset.append(self._offset)
-        self._offset += len(text)
+        self._out.text_offset.append(offset)
 
     @staticmethod
     def _empty() -> CompletionLogprobs:

@@ -110,3 +110,9 @@ def test_the_tokenizers_own_end_counts_besides_the_models(
         (tmp_path / name).write_text(json.dumps({} if value is None else {"eos_token_id": value}))
     assert _eos_token_ids(tmp_path, 9) == expected
     assert _eos_token_ids(tmp_path, None) == expected - ({9} if generation != 9 else set())
+
+
+@pytest.mark.parametrize(("add", "expected"), [("<s> $A", ["<s>"]), ("", [])])
+def test_an_empty_prompt_is_what_the_tokenizer_puts_around_it(tmp_path: Path, add: str, expected: list[str]) -> None:
+    tokenizer = make_folder(tmp_path, S, add=add)
+    assert tokenizer.encode("") == [tokenizer._tokenizer.token_to_id(token) for token in expected]

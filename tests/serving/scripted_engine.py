@@ -33,6 +33,19 @@ HISTORY = 32
 PAUSE_SECONDS = 0.002
 
 
+class ByteStream:
+    def __init__(self, tokenizer: ByteTokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return (
+            self._decoder.decode(bytes([token_id]))
+            if token_id < BOS
+            else self._tokenizer.decode([token_id], self._skip)
+        )
+
+
 class ByteTokenizer:
     has_chat_template = True
 
@@ -48,6 +61,9 @@ class ByteTokenizer:
                 parts += [pending.decode("utf-8", "replace"), "<s>" if token == BOS else "</s>"]
                 pending.clear()
         return "".join([*parts, pending.decode("utf-8", "replace")])
+
+    def stream(self, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> ByteStream:  # noqa: ARG002
+        return ByteStream(self, skip_special_tokens)
 
     def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.decode(token_ids, skip_special_tokens)

@@ -156,7 +156,32 @@ def test_echo_with_logprobs_scores_the_prompt(http: httpx.Client, stream: bool) 
     assert logprobs == [None, *map(prompt_logprob, prompt[1:]), token_logprob(ord("y"))]
     assert tops[0] is None
     assert all(logprob in top.values() for logprob, top in zip(logprobs[1:], tops[1:], strict=True))
-    assert offsets == [0, *range(3, 12)]
+    assert offsets == [0, *range(9)]  # <s> is not in the text
+
+
+@pytest.mark.parametrize(("stream", "echo"), [(False, False), (False, True), (True, False), (True, True)])
+def test_offsets_are_places_in_the_text(http: httpx.Client, stream: bool, echo: bool) -> None:
+    body = {"prompt": "@say aé😀b", "logprobs": 0, "echo": echo, "max_tokens": 40, "stream": stream}
+    choices = _choices(http, body, stream)
+    text = "".join(choice["text"] for choice in choices)
+    offsets = [value for choice in choices for value in choice["logprobs"]["text_offset"]]
+    answer = [0, 1, 1, 2, 2, 2, 2, 3]
+    prompt = [0, *range(5), *(5 + place for place in answer)] if echo else []
+    assert offsets == prompt + [len(text) - 4 + place for place in answer]
+
+
+def test_an_empty_prompt_is_bos_where_the_tokenizer_adds_one(http: httpx.Client) -> None:
+    for prompt in ("", [""]):
+        answer = http.post("/v1/completions", json={"prompt": prompt, "echo": True, "max_tokens": 99})
+        assert answer.json()["choices"][0]["text"] == REPLY
+        assert answer.json()["usage"]["prompt_tokens"] == 1
+    assert http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == [BOS]
+
+
+def test_an_empty_prompt_without_bos_is_refused(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "", "add_special_tokens": False})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "prompt must not be empty: it has no tokens"
 
 
 @pytest.mark.parametrize("stream", [False, True])
