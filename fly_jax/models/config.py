@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.errors import CheckpointError, ConfigError
+from fly_jax.models.config_fields import refuse_unsupported
 from fly_jax.models.rope import RopeConfig, parse_rope, positive_number
 
 ARCHITECTURES = {
@@ -20,46 +21,12 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_OLD_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # in the first folders of LLaMA
 
 # What transformers takes where config.json is silent.
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _DEFAULT_MISTRAL_WINDOW = 4096
-
-_HANDLED = frozenset({
-    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
-    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
-    "max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act",
-    "torch_dtype", "dtype", "original_max_position_embeddings",
-})  # fmt: skip
-# Fields of transformers' configs that do not change a dense decoder's inference numbers.
-_INERT = frozenset({
-    "_name_or_path", "transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-    "sep_token_id", "decoder_start_token_id", "initializer_range", "attention_dropout", "pretraining_tp",
-    "output_attentions", "output_hidden_states", "return_dict", "torchscript", "id2label", "label2id",
-    "problem_type", "task_specific_params", "is_decoder", "is_encoder_decoder", "chunk_size_feed_forward",
-    "tokenizer_class", "prefix", "finetuning_task", "hidden_dropout", "unsloth_version",
-    "unsloth_fixed", "_attn_implementation_autoset", "add_cross_attention", "cross_attention_hidden_size",
-    "tie_encoder_decoder", "name_or_path", "num_logits_to_keep",
-})  # fmt: skip
-# Fields that change the numbers unless they have this value.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "auto_map": (None,),
-    "use_qkv_bias": (None,),
-    "partial_rotary_factor": (None, 1.0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1.0),
-    "attention_multiplier": (None,),
-    "residual_multiplier": (None, 1.0),
-    "embedding_multiplier": (None, 1.0),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "cross_attention_layers": (None,),
-    "pruned_heads": (None, {}),
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +73,7 @@ class ModelConfig:
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         architecture = _architecture(raw)
         family = ARCHITECTURES[architecture]
-        _refuse_unsupported(raw)
+        refuse_unsupported(raw)
         heads, hidden = _positive(raw, "num_attention_heads"), _positive(raw, "hidden_size")
         kv_heads = _positive(raw, "num_key_value_heads", default=_DEFAULT_KV_HEADS.get(family, heads))
         head_dim = _positive(raw, "head_dim", default=128 if family == "qwen3" else hidden // heads)
@@ -165,24 +132,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or []
-    if isinstance(names, list) and len(names) == 1 and names[0] in list(ARCHITECTURES):
-        return str(names[0])
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        name = _OLD_NAMES.get(names[0], names[0])
+        if name in ARCHITECTURES:
+            return name
     raise ConfigError(f"architecture {names} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    for name, value in raw.items():
-        if name in _HANDLED or name in _INERT:
-            continue
-        if name in _NEUTRAL:
-            if value not in _NEUTRAL[name]:
-                raise ConfigError(f"config field {name}={value!r} is not supported; it must be {_NEUTRAL[name][-1]!r}")
-        elif value is not None:
-            raise ConfigError(
-                f"config field {name}={value!r} is not known, and is not guessed: remove it if it has no effect"
-            )
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"config field hidden_act={raw['hidden_act']!r} is not supported; it must be 'silu'")
 
 
 def _positive(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -211,6 +165,10 @@ def _sliding_windows(raw: Mapping[str, Any], family: str) -> tuple[int | None, .
     if window is None:
         return (None,) * layers
     if family == "llama":
+        if isinstance(window, int) and window >= _positive(
+            raw, "max_position_embeddings", _DEFAULT_MAX_POSITIONS[family]
+        ):
+            return (None,) * layers  # a window as wide as the context
         raise ConfigError(f"config field sliding_window={window!r} is not supported for Llama")
     window = _positive({"sliding_window": window}, "sliding_window")
     if (types := raw.get("layer_types")) is not None:

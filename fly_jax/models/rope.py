@@ -35,6 +35,16 @@ _REQUIRED = {
 }
 
 
+# Options that transformers does not read for a kind, and that say nothing at these values; None: at any.
+_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "attn_factor": (1,),  # vLLM and llama.cpp multiply by it, transformers does not
+    "extrapolation_factor": (1,),
+    "partial_rotary_factor": (1,),
+    "finetuned": None,
+    "original_max_position_embeddings": None,
+}
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """How positions turn into rotations.
@@ -86,19 +96,14 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
     Raises:
         ConfigError: an unknown scaling or option, or a missing one.
     """
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"config field rope_scaling={given!r} must be an object")
-    settings = {k: v for k, v in given.items() if v is not None}
+    settings = _settings(raw)
     kind = str(settings.pop("rope_type", settings.pop("type", "default")))
     settings.pop("type", None)
     theta = raw.get("rope_theta")
     theta = positive_number("config field rope_theta", settings.pop("rope_theta", 10000.0 if theta is None else theta))
     if kind not in _OPTIONS:
         raise ConfigError(f"rope_scaling type {kind!r} is not supported; supported: {', '.join(_OPTIONS)}")
-    for name in settings:
-        if name not in _OPTIONS[kind]:
-            raise ConfigError(f"rope_scaling option {name!r} is not supported for type {kind!r}")
+    settings = {name: value for name, value in settings.items() if _is_read(kind, name, value)}
     for name in _REQUIRED.get(kind, ()):
         if name not in settings:
             raise ConfigError(f"rope_scaling option {name!r} is missing for type {kind!r}")
@@ -111,6 +116,43 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
         original = max_positions  # transformers scales from max_position_embeddings and ignores the original
     options = tuple(sorted((name, _option(name, value)) for name, value in settings.items()))
     return RopeConfig(kind, theta, head_dim, original, options)
+
+
+def _settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not null, from whichever field has them.
+
+    Raises:
+        ConfigError: no object, or both fields are there and differ.
+    """
+    fields = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    for name, value in fields.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config field {name}={value!r} must be an object")
+    merged: dict[str, Any] = {}
+    for options in fields.values():
+        for option, value in options.items():
+            if value is not None and (first := merged.setdefault(option, value)) is not value and first != value:
+                raise ConfigError(
+                    f"config fields rope_scaling and rope_parameters give {option!r} as {first!r} and as "
+                    f"{value!r}: keep the one that the model was trained with"
+                )
+    return merged
+
+
+def _is_read(kind: str, name: str, value: Any) -> bool:
+    """Whether the kind has the option; False where it may be ignored.
+
+    Raises:
+        ConfigError: the option is neither known nor without effect.
+    """
+    if name in _OPTIONS[kind]:
+        return True
+    if name in _NEUTRAL:
+        neutral = _NEUTRAL[name]
+        if neutral is None or (not isinstance(value, bool) and value in neutral):
+            return False
+        raise ConfigError(f"rope_scaling option {name}={value!r} is not supported; it must be {neutral[0]!r}")
+    raise ConfigError(f"rope_scaling option {name!r} is not supported for type {kind!r}")
 
 
 def positive_number(what: str, value: Any) -> float:

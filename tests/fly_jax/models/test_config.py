@@ -199,6 +199,12 @@ def test_window_layers_that_do_not_fit_are_refused_by_name(fields: dict[str, Any
         ("attn_logit_softcapping", 50.0),
         ("final_logit_softcapping", 30.0),
         ("num_local_experts", 8),
+        ("use_mrope", True),
+        ("rope_interleaved", True),
+        ("num_experts", 1),
+        ("num_experts", False),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
         ("auto_map", {"AutoModel": "modeling.Model"}),
         ("hidden_act", "gelu"),
         ("a_new_field", 1),
@@ -217,11 +223,55 @@ def test_a_field_that_may_change_the_numbers_is_refused_by_name(field: str, valu
         {"quantization_config": None},
         {"partial_rotary_factor": 1.0},
         {"a_new_field": None},
+        {"use_mrope": False, "rope_interleaved": False, "is_llama_config": True},
+        {"neftune_noise_alpha": 5.0, "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+        {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "max_length": 4096, "repetition_penalty": 1.1},
+        {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None], "AutoConfig": "configuration.Config"}},
+        {"pruned_heads": {}, "tie_encoder_decoder": False, "torchscript": False, "use_bfloat16": True},
+        {"sliding_window": 2048},
         {"bos_token_id": 1, "eos_token_id": [2, 3], "transformers_version": "5.0", "use_cache": True},
     ],
 )
 def test_fields_without_effect_are_ignored(fields: dict[str, Any]) -> None:
     assert read(**fields) == read()
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "PreTrainedConfig"])
+def test_no_default_of_transformers_is_refused(name: str) -> None:
+    """What ``to_dict`` of 4.57.1 writes beyond what the file needs; generation's defaults are among it."""
+    defaults = {
+        "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None, "chunk_size_feed_forward": 0,
+        "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
+        "do_sample": False, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+        "exponential_decay_length_penalty": None, "finetuning_task": None, "forced_bos_token_id": None,
+        "forced_eos_token_id": None, "id2label": {"0": "LABEL_0"}, "is_decoder": False, "is_encoder_decoder": False,
+        "label2id": {"LABEL_0": 0}, "length_penalty": 1.0, "max_length": 20, "min_length": 0,
+        "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1,
+        "output_attentions": False, "output_hidden_states": False, "output_scores": False, "prefix": None,
+        "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1.0,
+        "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None,
+        "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False,
+        "tokenizer_class": None, "top_k": 50, "top_p": 1.0, "torchscript": False, "typical_p": 1.0,
+        "use_bfloat16": False,
+    }  # fmt: skip
+    extra = {"pretraining_tp": 1, "attention_bias": False, "mlp_bias": False} if name == "LlamaConfig" else {}
+    assert read(**defaults, **extra) == read()
+
+
+def test_quantised_weights_are_refused_with_the_method_and_not_with_every_module() -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["self_attn.k_proj"] * 99]}
+    with pytest.raises(ConfigError, match="the weights are quantised") as caught:
+        read(quantization_config=settings)
+    assert "'gptq'" in str(caught.value)
+    assert len(str(caught.value)) < 200
+    with pytest.raises(
+        ConfigError, match=r"config field quantization=\{'bits': 4\} says that the weights are quantised"
+    ):
+        read(quantization={"group_size": 64, "bits": 4})
+
+
+def test_the_name_of_the_first_llama_folders_is_the_same_architecture() -> None:
+    assert read(architectures=["LLaMAForCausalLM"]) == read()
 
 
 def test_a_window_is_refused_for_a_family_that_has_none() -> None:

@@ -215,3 +215,50 @@ def test_rotation_is_computed_in_float32_and_keeps_the_dtype() -> None:
     assert rotated.dtype == jnp.bfloat16
     exact = apply_rope(x.astype(jnp.float32), cos, sin)
     np.testing.assert_array_equal(np.asarray(rotated), np.asarray(exact.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [
+        ({}, 1.138629436111989),
+        ({"attn_factor": 1.0}, 1.138629436111989),
+        ({"attn_factor": 1, "extrapolation_factor": 1.0, "finetuned": True}, 1.138629436111989),
+        ({"attention_factor": 1.3}, 1.3),
+        ({"attention_factor": 1.3, "mscale": 0.707, "mscale_all_dim": 1.0}, 1.3),
+        ({"mscale": 0.707, "mscale_all_dim": 1.0}, 0.964326914892074),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
+        ({"mscale": 0.707}, 1.138629436111989),
+        ({"mscale": 1.0, "mscale_all_dim": 0}, 1.138629436111989),
+    ],
+)
+def test_yarn_is_what_transformers_makes_of_its_options(options: dict[str, Any], scaling: float) -> None:
+    """Values of LlamaRotaryEmbedding, the same in transformers 4.57.1 and 5.24.0."""
+    rope = parse({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **options})
+    assert rope.attention_scaling() == pytest.approx(scaling, rel=1e-12)
+    expected = [1.0, 0.039999999, 0.007905695, 0.0025, 4.4457e-05]
+    np.testing.assert_allclose(rope.inverse_frequencies()[[0, 4, 6, 8, 15]], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"attn_factor": 2.0}, {"attn_factor": True}, {"extrapolation_factor": 0.5}, {"partial_rotary_factor": 0.5}],
+)
+def test_an_option_on_which_programs_disagree_is_refused_unless_it_says_nothing(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"rope_scaling option {name}=.* is not supported; it must be 1"):
+        parse({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **options})
+
+
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_an_original_context_changes_nothing_where_transformers_does_not_read_it(kind: str) -> None:
+    factor = {} if kind == "default" else {"factor": 2.0}
+    scaling = {"rope_type": kind, **factor}
+    assert parse(scaling | {"original_max_position_embeddings": 64}) == parse(scaling)
+
+
+def test_two_fields_that_describe_the_positions_differently_are_refused_with_both_values() -> None:
+    raw = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    agreed = parse_rope(raw | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 32, 256)
+    assert (agreed.kind, agreed.theta) == ("linear", 5e5)
+    with pytest.raises(ConfigError, match=r"give 'factor' as 2\.0 and as 4\.0: keep the one"):
+        parse_rope(raw | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 32, 256)
