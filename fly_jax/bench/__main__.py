@@ -8,7 +8,18 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from fly_jax.bench import gpu, kernels, latency, report, serve_options, sweep_options, switch, terminal, throughput
+from fly_jax.bench import (
+    abuse,
+    gpu,
+    kernels,
+    latency,
+    report,
+    serve_options,
+    sweep_options,
+    switch,
+    terminal,
+    throughput,
+)
 from fly_jax.cli import Parser
 from fly_jax.errors import FlyJaxError
 
@@ -17,6 +28,7 @@ COMMANDS: dict[str, dict[str, tuple[ModuleType, str]]] = {
     "What do clients see of a server under load?": {
         "serve": (serve_options, "time to the first token, time between tokens, requests and tokens a second"),
         "sweep": (sweep_options, "the same load in every layout and with every policy, compared, with pictures"),
+        "abuse": (abuse, "what well-behaved clients see while one misbehaves, a phase a way"),
     },
     "How fast is the engine by itself, without a server?": {
         "throughput": (throughput, "requests and tokens a second when all requests are there at once"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import shlex
 import signal
 import socket
@@ -12,9 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import httpx
 
@@ -57,12 +59,33 @@ def vocab_size(model: Path) -> int:
         raise ConfigError(f"{path} does not give a vocab_size ({error!r}): is {model} a model folder?") from error
 
 
+@dataclass(frozen=True, slots=True)
+class HostedServer:
+    """A server of our own that is ready."""
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
 def self_hosted(model: Path, arguments: list[str]) -> Iterator[str]:
-    """Starts ``fly-jax serve MODEL`` on a free port, yields its URL when it is ready, stops it at the end.
+    """The URL of :func:`hosted`, whose messages go to standard error."""
+    with hosted(model, arguments) as server:
+        yield server.url
 
-    Its messages go to standard error. It has a session of its own, so that a Ctrl-C in the terminal reaches only the
-    benchmark, which stops it when the partial results are in.
+
+@contextlib.contextmanager
+def hosted(
+    model: Path, arguments: list[str], *, output: TextIO | None = None, open_files: int | None = None
+) -> Iterator[HostedServer]:
+    """Starts ``fly-jax serve MODEL`` on a free port, yields it when it is ready, stops it at the end.
+
+    It has a session of its own, so that a Ctrl-C in the terminal reaches only the benchmark, which stops it when the
+    partial results are in.
+
+    Args:
+        output: file for its messages; None: standard error.
+        open_files: most that it may have; None: as many as this process.
 
     Raises:
         ConfigError: the server ended, or was not ready in time.
@@ -72,12 +95,24 @@ def self_hosted(model: Path, arguments: list[str]) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "fly_jax", "serve", str(model), "--port", str(port), *arguments]
     url = f"http://127.0.0.1:{port}"
-    with stopping_on_signals(), subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as process:
+    streams: dict[str, Any] = {"stdout": sys.stderr if output is None else output, "stderr": output}
+    with stopping_on_signals(), _started(command, open_files, streams) as process:
         try:
             _wait_until_ready(process, url)
-            yield url
+            yield HostedServer(url, process.pid)
         finally:
             _stop(process)
+
+
+def _started(command: list[str], open_files: int | None, streams: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """A child inherits this process's limit, which is its own again afterwards."""
+    own, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if open_files is not None and open_files < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard))
+    try:
+        return subprocess.Popen(command, start_new_session=True, **streams)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own, hard))
 
 
 def _wait_until_ready(process: subprocess.Popen[Any], url: str) -> None:
@@ -86,7 +121,7 @@ def _wait_until_ready(process: subprocess.Popen[Any], url: str) -> None:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ConfigError(
-                    f"the server ended with code {process.returncode} before it was ready: see its message above, and "
+                    f"the server ended with code {process.returncode} before it was ready: see its message, and "
                     "check --self-hosted and --server-args"
                 )
             with contextlib.suppress(httpx.TransportError):

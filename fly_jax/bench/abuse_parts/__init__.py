@@ -1,0 +1,1 @@
+"""The parts of ``bench abuse``: what abusers do, and what the others see of it."""
