@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._special_ids = frozenset(self._special)
+        # The longest first, as an expression takes the first that fits; one that nothing fits where there are none.
+        longest_first = sorted(self._special.values(), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._token_bytes = TokenBytes(tokenizer)
 
     @staticmethod
@@ -99,9 +103,8 @@ class Tokenizer:
 
     def special_in(self, texts: Sequence[str]) -> dict[int, str]:
         """The special tokens, by id, that are written out in any of the texts."""
-        if not texts:
-            return {}
-        return {token_id: token for token_id, token in self._special.items() if any(token in text for text in texts)}
+        found = {token for text in texts for token in self._special_pattern.findall(text)}
+        return {token_id: token for token_id, token in self._special.items() if token in found} if found else {}
 
     def stream(self, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> TextStream:
         """The text of tokens that follow a prompt; only the prompt's last few tokens are looked at."""
