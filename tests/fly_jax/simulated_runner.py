@@ -246,7 +246,10 @@ def simulated_engine(
             scheduling_policy=scheduling_policy,
         ),
         model_config=SimpleNamespace(vocab_size=VOCABULARY),
-        tokenizer=SimpleNamespace(stream=lambda skip_special_tokens, prompt_ids: _TextStream()),  # noqa: ARG005
+        tokenizer=SimpleNamespace(
+            stream=lambda skip_special_tokens, prompt_ids: _TextStream(),  # noqa: ARG005
+            special_in=lambda texts: {},  # noqa: ARG005
+        ),
         eos_token_ids=frozenset({EOS}),
         devices=tuple(range(num_devices)),
         base_tp=base_tp,
