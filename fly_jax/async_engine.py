@@ -15,7 +15,7 @@ from fly_jax.errors import EngineDeadError
 from fly_jax.loader import LoadedModel, Progress, load_model
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
 from fly_jax.policy import Policy
-from fly_jax.sampling_params import SamplingParams
+from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 from fly_jax.tokenizer import Tokenizer
 
 
@@ -50,6 +50,10 @@ class AsyncEngine:
     @property
     def model_name(self) -> str:
         return self.plan.config.model.resolve().name
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        return self.plan.sampling_defaults
 
     @property
     def max_num_queued_reqs(self) -> int:

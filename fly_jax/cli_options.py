@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from fly_jax.config import ATTENTION_BACKENDS, DTYPES, LOAD_FORMATS, POLICIES, SCHEDULING_POLICIES
 from fly_jax.outputs import SwitchStrategy
@@ -11,6 +13,16 @@ from fly_jax.platform import DEFAULT_DEVICES
 
 LOAD_FORMAT_HELP = "dummy: random weights from config.json alone, to measure speed without a download (default: auto)"
 STRATEGIES = tuple(strategy.value for strategy in SwitchStrategy)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +102,20 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's")
     engine.add_argument("--load-format", choices=LOAD_FORMATS, default="auto", help=LOAD_FORMAT_HELP)
+    engine.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|vllm|FOLDER",
+        help="sampling options of requests that set none: auto: those of the model's generation_config.json; vllm: "
+        "temperature 1 and no truncation; or the folder of another such file (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--override-generation-config",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""fields to take instead of that file's, such as '{"temperature": 0.7, "max_new_tokens": 512}'""",
+    )
     engine.add_argument("--max-model-len", type=int, help="context limit in tokens (default: the model's)")
     engine.add_argument(
         "--max-num-seqs", type=int, default=32, help="requests running at once in a group (default: %(default)s)"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from fly_jax.errors import ConfigError
 from fly_jax.outputs import SwitchStrategy
@@ -47,6 +49,9 @@ class EngineConfig:
         dtype: ``auto`` keeps the checkpoint's.
         load_format: ``dummy`` draws random weights on the devices from ``config.json`` alone, for measuring speed;
             ``auto`` reads the folder's.
+        generation_config: where sampling options of requests that set none come from: ``auto``: the model's
+            generation_config.json; ``vllm``: fixed ones; anything else: the folder of another such file.
+        override_generation_config: temperature, top_k, top_p, min_p, max_new_tokens to take instead of the file's.
         max_model_len: context limit in tokens; None: the model's own.
         max_num_seqs: most requests running at once in one group.
         max_num_batched_tokens: most tokens one step of one group computes.
@@ -72,6 +77,8 @@ class EngineConfig:
     base_tp: int | None = None
     dtype: str = "auto"
     load_format: str = "auto"
+    generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -97,6 +104,7 @@ class EngineConfig:
         ):
             one_of(name, getattr(self, name), choices)
         object.__setattr__(self, "switch_strategy", SwitchStrategy(self.switch_strategy))
+        self._check_types()
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,3 +122,22 @@ class EngineConfig:
             raise ConfigError(f"optimization_level must be between 0 and 3, got {self.optimization_level}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+
+    def _check_types(self) -> None:
+        """Values of the right type; a boolean is no number, though Python counts with it."""
+        integers = (
+            "devices", "base_tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs",
+            "block_size", "num_blocks", "device_memory_bytes", "optimization_level", "seed",
+        )  # fmt: skip
+        for name in integers:
+            value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
+            if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ConfigError(f"{name} must be an integer, got {value!r}")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise ConfigError(f"gpu_memory_utilization must be a number, got {share!r}")
+        if not isinstance(self.overlap, bool):
+            raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
+        if not isinstance(self.generation_config, str) or not isinstance(self.override_generation_config, Mapping):
+            raise ConfigError("generation_config must be a string and override_generation_config a mapping")

@@ -12,12 +12,14 @@ from checkpoints import PreparedInfo, prepared_info
 from fly_jax.config import EngineConfig
 from fly_jax.errors import CheckpointError, ConfigError, ModelTooLargeError
 from fly_jax.executables import ProgramShapes
+from fly_jax.generation_config import FILE, MODEL_FILE, generation_folder, read_sampling_defaults
 from fly_jax.group_scheduler import SchedulerLimits
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
 from fly_jax.models.config import ModelConfig, read_json, serving_dtype
 from fly_jax.models.sharding import ModelSpec, model_spec
 from fly_jax.platform import host_memory_bytes, start_devices
+from fly_jax.sampling_params import SamplingDefaults
 from fly_jax.tokenizer import Tokenizer, placeholder_tokenizer
 from kernels_pallas import default_backend
 
@@ -42,6 +44,7 @@ class EnginePlan:
     model_config: ModelConfig
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
+    sampling_defaults: SamplingDefaults
     devices: tuple[jax.Device, ...]
     base_tp: int
     layout: Layout
@@ -61,6 +64,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         ConfigError, LayoutError, CheckpointError, ModelTooLargeError: one line that says what to do.
     """
     folder = _model_folder(config.model)
+    defaults = read_sampling_defaults(config.generation_config, config.override_generation_config, folder)
     model_config = ModelConfig.from_folder(folder)
     tokenizer = _tokenizer(config, folder, model_config)
     devices = _devices(config)
@@ -82,8 +86,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         base_tp=base_tp,
         attention_backend=_attention_backend(config, devices),
     )
-    eos = _eos_token_ids(folder, tokenizer.eos_token_id)
-    return EnginePlan(config, model_config, tokenizer, eos, devices, base_tp, layout, groups, limits, shapes)
+    eos = _eos_token_ids(folder, generation_folder(config.generation_config, folder), tokenizer.eos_token_id)
+    return EnginePlan(config, model_config, tokenizer, eos, defaults, devices, base_tp, layout, groups, limits, shapes)
 
 
 def _model_folder(path: Path) -> Path:
@@ -242,15 +246,14 @@ def fitting_blocks(wanted: int | None, block_bytes: int, memory: int, weights: i
     return num_blocks
 
 
-def _eos_token_ids(folder: Path, own: int | None) -> frozenset[int]:
+def _eos_token_ids(folder: Path, generation: Path, own: int | None) -> frozenset[int]:
     """From generation_config.json, else config.json; and the tokenizer's own, as in vLLM.
 
     Raises:
         ConfigError: what is there is no token id or list of them.
     """
     always = frozenset() if own is None else frozenset({own})
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
+    for path in (generation / FILE, folder / MODEL_FILE):
         value = read_json(path).get("eos_token_id") if path.exists() else None
         if value is None:
             continue

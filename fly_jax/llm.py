@@ -71,11 +71,18 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one prompt or many, text or token ids; results in the order of the prompts.
 
+        Args:
+            params: None: :meth:`get_default_sampling_params`.
+
         Raises:
             InvalidRequestError, ContextLengthError: a prompt or its params are refused; the others are aborted.
         """
         listed = _as_list(prompts)
-        each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        each = (
+            [params or self.get_default_sampling_params()] * len(listed)
+            if not isinstance(params, Sequence)
+            else list(params)
+        )
         if len(each) != len(listed):
             raise InvalidRequestError(f"{len(each)} params for {len(listed)} prompts: give one, or one a prompt")
         pending = [_Pending(self._encode(prompt), prompt if isinstance(prompt, str) else None) for prompt in listed]
@@ -126,6 +133,10 @@ class LLM:
             ConfigError: there is no such policy, the engine cannot follow it, or a function has a built-in's name.
         """
         return self._thread.set_policy(policy_given(policy)).result()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends, see ``generation_config``."""
+        return self._plan.sampling_defaults.params()
 
     @property
     def max_model_len(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import SupportsFloat, SupportsIndex
 
 from fly_jax.errors import InvalidRequestError
@@ -107,6 +107,30 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """Sampling options of requests that set none.
+
+    Attributes:
+        max_tokens: the most that any request to the server may generate, whatever it asks for; None: no such limit.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int | None = None
+
+    def params(self) -> SamplingParams:
+        """Parameters of a request that says nothing at all."""
+        return SamplingParams(**{name: value for name, value in asdict(self).items() if value is not None})
+
+    def capped(self, max_tokens: int | None) -> int | None:
+        """What is left of a wish for so many tokens; None: up to the context limit."""
+        wishes = [each for each in (max_tokens, self.max_tokens) if each is not None]
+        return min(wishes, default=None)
 
 
 def _as_integer(name: str, value: object) -> int:

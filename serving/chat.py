@@ -35,7 +35,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     arrival = time.monotonic()
     state = state_of(request)
     state.check_model(body.model)
-    params = body.sampling_params()
+    params = body.sampling_params(state.engine.sampling_defaults)
     prompt = await encode_chat(
         state.engine,
         body.messages,

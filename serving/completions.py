@@ -26,7 +26,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     arrival = time.monotonic()
     state = state_of(request)
     state.check_model(body.model)
-    params = body.sampling_params()
+    params = body.sampling_params(state.engine.sampling_defaults)
     add_special_tokens = body.add_special_tokens is not False
     prompts = await encode_prompts(state.engine, body.prompts, add_special_tokens=add_special_tokens)
     job = make_job(request, body, prompts, params, prefix="cmpl", arrival=arrival, discard_output=body.only_prompt)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
-from fly_jax.sampling_params import SamplingParams
+from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 
 if TYPE_CHECKING:
     from fly_jax.async_engine import AsyncEngine
@@ -67,6 +67,9 @@ class EngineClient(Protocol):
 
     @property
     def model_name(self) -> str: ...
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults: ...
 
     @property
     def max_num_queued_reqs(self) -> int: ...

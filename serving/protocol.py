@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fly_jax.errors import InvalidRequestError
 from fly_jax.outputs import SwitchStrategy
-from fly_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from fly_jax.sampling_params import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from serving.fields import (
     HARMLESS,
     NOT_BOOLEAN,
@@ -109,14 +109,14 @@ class GenerationBody(Body):
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def _sampling(
-        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False
+        self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False
     ) -> SamplingParams:
         return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=_given(self.temperature, 1.0),
-            top_k=_given(self.top_k, 0),
-            top_p=_given(self.top_p, 1.0),
-            min_p=_given(self.min_p, 0.0),
+            max_tokens=defaults.capped(max_tokens),
+            temperature=_given(self.temperature, defaults.temperature),
+            top_k=_given(self.top_k, defaults.top_k),
+            top_p=_given(self.top_p, defaults.top_p),
+            min_p=_given(self.min_p, defaults.min_p),
             seed=self.seed,
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -163,13 +163,14 @@ class CompletionRequest(GenerationBody):
         """``echo`` with ``max_tokens: 0`` scores a prompt and generates nothing."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: SamplingDefaults) -> SamplingParams:
         """The engine generates at least one token, so scoring alone asks for one and drops it.
 
         Raises:
             InvalidRequestError: a field is out of range; ``param`` names it.
         """
         return self._sampling(
+            defaults,
             max_tokens=1 if self.only_prompt else _given(self.max_tokens, DEFAULT_COMPLETION_TOKENS),
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None),
@@ -221,13 +222,14 @@ class ChatCompletionRequest(GenerationBody):
             raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: SamplingDefaults) -> SamplingParams:
         """Without a limit a chat answer may fill the context; ``max_completion_tokens`` is the newer name and wins.
 
         Raises:
             InvalidRequestError: a field is out of range; ``param`` names it.
         """
         return self._sampling(
+            defaults,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

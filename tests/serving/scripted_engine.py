@@ -23,7 +23,7 @@ from fly_jax.errors import (
     QueueFullError,
 )
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy, TokenLogprob
-from fly_jax.sampling_params import SamplingParams
+from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
 REPLY = "Hello, wörld! 🌍"
@@ -99,6 +99,7 @@ class ScriptedEngine:
         self.tokenizer = ByteTokenizer()
         self.max_model_len = max_model_len
         self.max_num_queued_reqs = max_num_queued_reqs
+        self.sampling_defaults = SamplingDefaults()
         self.is_alive = True
         self.layout = LAYOUTS[0]
         self.policy = "load_adaptive"

@@ -240,8 +240,9 @@ def test_fields_without_effect_are_ignored(fields: dict[str, Any]) -> None:
 def test_no_default_of_transformers_is_refused(name: str) -> None:
     """What ``to_dict`` of 4.57.1 writes beyond what the file needs; generation's defaults are among it."""
     defaults = {
-        "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None, "chunk_size_feed_forward": 0,
-        "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
+        "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None,
+        "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "decoder_start_token_id": None,
+        "diversity_penalty": 0.0,
         "do_sample": False, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
         "exponential_decay_length_penalty": None, "finetuning_task": None, "forced_bos_token_id": None,
         "forced_eos_token_id": None, "id2label": {"0": "LABEL_0"}, "is_decoder": False, "is_encoder_decoder": False,
