@@ -68,7 +68,8 @@ def serve(options: argparse.Namespace) -> int:
         port=options.port,
         api_key=_key(options.api_key, "--api-key", "FLY_JAX_API_KEY"),
         admin_key=_key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY"),
-        served_model_name=options.served_model_name,
+        served_model_names=tuple(options.served_model_name or ()),
+        allowed_origins=options.allowed_origins,
         shutdown_timeout=options.shutdown_timeout,
     )
     config = _engine_config(options)

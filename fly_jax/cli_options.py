@@ -25,13 +25,34 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _origins(text: str) -> tuple[str, ...]:
+    """vLLM's JSON list of origins, or one origin."""
+    if not text.startswith("["):
+        return (text,)
+    origins = json.loads(text)
+    if not all(isinstance(origin, str) for origin in origins):
+        raise ValueError(text)
+    return tuple(origins)
+
+
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     server.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     server.add_argument("--api-key", help="key that /v1 asks for (default: $FLY_JAX_API_KEY)")
     server.add_argument("--admin-key", help="key that changing the layout asks for (default: $FLY_JAX_ADMIN_KEY)")
-    server.add_argument("--served-model-name", help="name of the model in the API (default: the folder's)")
+    server.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names of the model in requests, the first also in answers (default: the folder's)",
+    )
+    server.add_argument(
+        "--allowed-origins",
+        type=_origins,
+        default=(),
+        help="web pages that may read answers (CORS): a JSON list of origins, or one origin; '*': all (default: none)",
+    )
     server.add_argument(
         "--shutdown-timeout", type=int, default=10, help="seconds that open requests get to end (default: %(default)s)"
     )

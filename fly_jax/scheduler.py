@@ -91,8 +91,9 @@ class Scheduler:
         if prompt_tokens >= limit:
             could_be = min(self.max_model_len, self.kv.spec.capacity_tokens(self.widest))
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens but the context holds {limit} and needs room for one more: "
-                f"shorten the prompt"
+                # Clients know the error by the first words, which are those of OpenAI's API.
+                f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} and needs "
+                f"room for one more: shorten the prompt"
                 + (f" or switch to a wider layout (up to {could_be})" if could_be > limit else ""),
                 param="prompt",
             )

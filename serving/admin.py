@@ -46,6 +46,7 @@ async def require_admin(request: Request) -> None:
         raise ApiError(401, message, type=AUTHENTICATION, code="invalid_admin_key", headers=headers)
 
 
+@router.head("/layout", include_in_schema=False)
 @router.get("/layout")
 async def get_layout(request: Request) -> dict[str, Any]:
     """Where the engine is, who decides, and the latest switches, oldest first."""

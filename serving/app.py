@@ -5,13 +5,22 @@ from __future__ import annotations
 import time
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from fly_jax import __version__
 from serving import admin, chat, completions, info, tokenization
 from serving.engine_client import EngineClient
 from serving.errors import install_error_handlers
 from serving.metrics import ServerMetrics
-from serving.middleware import CountInFlight, ErrorBoundary, InFlight, LimitBody, RequestId, RequireApiKey
+from serving.middleware import (
+    REQUEST_ID_HEADER,
+    CountInFlight,
+    ErrorBoundary,
+    InFlight,
+    LimitBody,
+    RequestId,
+    RequireApiKey,
+)
 from serving.options import ServerOptions
 from serving.state import ServerState
 
@@ -20,7 +29,7 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
     """An application that serves one engine; it neither starts the engine nor shuts it down."""
     options = options or ServerOptions()
     in_flight = InFlight()
-    metrics = ServerMetrics(options.served_model_name or engine.model_name)
+    metrics = ServerMetrics(options.model_names(engine)[0])
     # The documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json. A redirect would be
     # written from the Host header, which is the client's.
     app = FastAPI(title="fly-jax", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -39,4 +48,13 @@ def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight) -
         app.add_middleware(RequireApiKey, api_key=options.api_key)
     app.add_middleware(CountInFlight, in_flight=in_flight)
     app.add_middleware(ErrorBoundary)
+    if options.allowed_origins:
+        # Outside the key: a browser asks with no key what it may send. Without credentials, so that any origin is safe.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        )
     app.add_middleware(RequestId)

@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 1024
 MAX_STOP_CHARS = 1024
+MAX_ALL_STOP_CHARS = 16 * 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_NAME_CHARS = 256
 MAX_REMEMBERED_NAMES = 256
 _MAX_INT = 2**63 - 1
 
 Prompt = str | list[int]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 # Ids are written to logs, where a line break or a control character would be somebody else's line.
 PlainId = Annotated[str, Field(max_length=MAX_NAME_CHARS, pattern=r"^[\x21-\x7e]+$")]
@@ -43,9 +43,17 @@ def refuse_boolean(value: Any) -> Any:
     return value
 
 
+def refuse_boolean_number(value: Any) -> Any:
+    """As :func:`refuse_boolean`, for fields that take any number."""
+    if isinstance(value, bool):
+        raise invalid(f"must be a number, got {str(value).lower()}")
+    return value
+
+
 NOT_BOOLEAN = BeforeValidator(refuse_boolean)
 Integer = Annotated[int, NOT_BOOLEAN]
 Int64 = Annotated[int, Field(ge=-_MAX_INT - 1, le=_MAX_INT), NOT_BOOLEAN]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(refuse_boolean_number)]
 
 
 def require_text(value: Any, what: str = "value") -> str:
@@ -100,6 +108,9 @@ def parse_stop(value: Any) -> tuple[str, ...]:
             raise invalid("a stop string must not be empty")
         if len(text) > MAX_STOP_CHARS:
             raise invalid(f"a stop string has at most {MAX_STOP_CHARS} characters, got {len(text)}")
+    total = sum(map(len, strings))
+    if total > MAX_ALL_STOP_CHARS:
+        raise invalid(f"stop strings have at most {MAX_ALL_STOP_CHARS} characters together, got {total}")
     return tuple(strings)
 
 
@@ -184,10 +195,15 @@ TemplateKwargsField = Annotated[
 
 
 def neutral(*values: Any) -> Callable[[Any], bool]:
-    """True for the values of a field that ask for nothing; ``null`` is always one of them."""
+    """True for the values of a field that ask for nothing; ``null`` is always one of them.
+
+    ``true`` is no 1 and ``false`` no 0 where a number is meant.
+    """
 
     def is_neutral(value: Any) -> bool:
-        return value is None or any(value == item for item in values)
+        return value is None or any(
+            value == item for item in values if isinstance(value, bool) <= isinstance(item, bool)
+        )
 
     return is_neutral
 

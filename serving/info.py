@@ -13,21 +13,25 @@ from serving.state import ServerState, state_of
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     return Response(status_code=200 if state_of(request).engine.is_alive else 503)
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version")
 async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
+@router.head("/load", include_in_schema=False)
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
     return {"server_load": state_of(request).in_flight.count}
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     state = state_of(request)
@@ -39,22 +43,25 @@ async def metrics(request: Request) -> Response:
     return Response(state.metrics.render(stats), headers={"Content-Type": state.metrics.content_type})
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    return ModelList(object="list", data=[_card(state_of(request))])
+    state = state_of(request)
+    return ModelList(object="list", data=[_card(state, name) for name in state.model_names])
 
 
+@router.head("/v1/models/{name:path}", include_in_schema=False)
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, request: Request) -> ModelCard:
     """Names may hold slashes, as those of the Hugging Face hub do."""
     state = state_of(request)
     state.check_model(name)
-    return _card(state)
+    return _card(state, name)
 
 
-def _card(state: ServerState) -> ModelCard:
+def _card(state: ServerState, name: str) -> ModelCard:
     return ModelCard(
-        id=state.model_name,
+        id=name,
         object="model",
         created=state.started,
         owned_by="fly-jax",

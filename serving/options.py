@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fly_jax.errors import ConfigError
+from serving.engine_client import EngineClient
 
 MIB = 1024 * 1024
 
@@ -18,7 +19,8 @@ class ServerOptions:
         port: 0 takes any free port.
         api_key: when set, everything but health, version, load, metrics and layout asks for it.
         admin_key: when set, changing the layout asks for it; when not, only direct loopback peers may.
-        served_model_name: name of the model in requests and answers; None: the engine's own.
+        served_model_names: names of the model in requests, the first also in answers; none: the engine's own.
+        allowed_origins: web pages of these origins may read answers; ``*``: of any; none: only the server's own.
         shutdown_timeout: seconds that open requests get to end after a stop signal.
         max_body_bytes: a longer request body is refused with 413.
     """
@@ -27,11 +29,17 @@ class ServerOptions:
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
-    served_model_name: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     shutdown_timeout: int = 10
     max_body_bytes: int = 16 * MIB
 
+    def model_names(self, engine: EngineClient) -> tuple[str, ...]:
+        return self.served_model_names or (engine.model_name,)
+
     def __post_init__(self) -> None:
+        if not all(self.served_model_names):
+            raise ConfigError("served_model_name must not be empty: give a name or leave it out")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
         if self.shutdown_timeout < 0:

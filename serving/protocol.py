@@ -91,7 +91,7 @@ class GenerationBody(Body):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.model_fields_set and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
         return self
 

@@ -162,7 +162,7 @@ def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> Non
 
 async def _serve_and_shut_down(engine: EngineClient, options: ServerOptions, sock: socket.socket) -> None:
     def announce(server: HttpServer) -> None:
-        model_name = options.served_model_name or engine.model_name
+        model_name = options.model_names(engine)[0]
         sys.stdout.write(ready_line(server.url, model_name, options) + "\n")
         sys.stdout.flush()
 

@@ -24,17 +24,23 @@ class ServerState:
     started: int
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that the one model is asked for by."""
+        return self.options.model_names(self.engine)
+
+    @property
     def model_name(self) -> str:
-        return self.options.served_model_name or self.engine.model_name
+        """The name in answers."""
+        return self.model_names[0]
 
     def check_model(self, name: str | None) -> None:
-        """Without a name a request means the one model there is.
+        """Without a name, or with an empty one, a request means the one model there is.
 
         Raises:
             ApiError: 404, another model is asked for.
         """
-        if name is not None and name != self.model_name:
-            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+        if name and name not in self.model_names:
+            message = f"the model {name!r} does not exist; this server has {', '.join(map(repr, self.model_names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
 

@@ -55,7 +55,7 @@ def test_the_longest_context_of_a_layout_is_that_of_one_device_times_its_widest_
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     (output,) = llm.generate([random_token_ids(widest * ONE_DEVICE - 1, 256)], params)
     assert len(output.token_ids) == 1  # the context is full then
-    with pytest.raises(ContextLengthError, match=f"the context holds {widest * ONE_DEVICE}"):
+    with pytest.raises(ContextLengthError, match=f"context length is {widest * ONE_DEVICE} tokens"):
         llm.generate([random_token_ids(widest * ONE_DEVICE, 256)], params)
 
 

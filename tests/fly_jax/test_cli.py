@@ -17,6 +17,7 @@ from fly_jax.async_engine import AsyncEngine
 from fly_jax.cli import main
 from fly_jax.config import EngineConfig
 from fly_jax.outputs import SwitchStrategy
+from serving import ServerOptions
 from tests.tiny_models import CASES, write_model
 
 TINY = ["--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--layouts", "2+2", "-O", "0"]
@@ -273,3 +274,36 @@ def test_help_starts_no_jax(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage: fly-jax" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "origins"),
+    [
+        ([], (), ()),
+        (["--served-model-name", "a", "b"], ("a", "b"), ()),
+        (
+            ["--allowed-origins", '["https://a.example", "https://b.example"]'],
+            (),
+            ("https://a.example", "https://b.example"),
+        ),
+        (["--allowed-origins", "*"], (), ("*",)),
+    ],
+)
+def test_names_and_origins_reach_the_server(
+    arguments: list[str],
+    names: tuple[str, ...],
+    origins: tuple[str, ...],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[ServerOptions] = []
+    monkeypatch.setattr("serving.run", lambda _start, options: given.append(options))
+    assert main(["serve", str(folder), *arguments]) == 0
+    assert [(options.served_model_names, options.allowed_origins) for options in given] == [(names, origins)]
+
+
+@pytest.mark.parametrize("origins", ["[1]", "[", '["a"'])
+def test_origins_that_are_no_list_are_one_line(origins: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "x", "--allowed-origins", origins])
+    assert "--allowed-origins" in error_line(capsys)

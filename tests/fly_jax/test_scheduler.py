@@ -96,7 +96,8 @@ def test_a_prompt_that_could_never_run_is_refused_with_both_numbers() -> None:
     scheduler = make_scheduler("4", max_model_len=100)
     scheduler.check(99)
     with pytest.raises(
-        ContextLengthError, match=r"prompt has 100 tokens but the context holds 100.*shorten the prompt$"
+        ContextLengthError,
+        match=r"maximum context length is 100 tokens, but the prompt has 100 and.*shorten the prompt$",
     ):
         scheduler.check(100)
 
@@ -105,7 +106,8 @@ def test_a_prompt_that_only_a_wider_layout_holds_is_refused_with_that_advice() -
     scheduler = make_scheduler("2+1+1", num_blocks=8)
     assert scheduler.context_limit() == 64
     with pytest.raises(
-        ContextLengthError, match=r"prompt has 70 tokens but the context holds 64.*wider layout \(up to 128\)$"
+        ContextLengthError,
+        match=r"maximum context length is 64 tokens, but the prompt has 70 and.*wider layout \(up to 128\)$",
     ):
         scheduler.check(70)
 

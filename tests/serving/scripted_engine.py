@@ -148,7 +148,10 @@ class ScriptedEngine:
             reason = f"tensor_parallel_size {params.tensor_parallel_size} is wider than the widest group, {WIDEST}"
             raise InvalidRequestError(reason, param="tensor_parallel_size")
         if len(prompt_token_ids) >= self.max_model_len:
-            reason = f"the prompt has {len(prompt_token_ids)} tokens, the context holds {self.max_model_len}"
+            reason = (
+                f"This model's maximum context length is {self.max_model_len} tokens, but the prompt has "
+                f"{len(prompt_token_ids)}"
+            )
             raise ContextLengthError(reason, param="prompt")
 
     async def _deltas(

@@ -221,3 +221,12 @@ def _choices(http: httpx.Client, body: dict[str, Any], stream: bool) -> list[dic
         return choices
     lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     return [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"seed": -1}, {"stream_options": {}}, {"stream_options": None}, {"stop": ["a"] * 64}]
+)
+def test_fields_that_ask_for_nothing_are_taken_as_vllm_takes_them(http: httpx.Client, extra: dict[str, Any]) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "@seed", **extra})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == "seed=None"

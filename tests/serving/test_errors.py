@@ -34,12 +34,14 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ("prompt", ["a"] * 65), ("n", 0), ("n", 129), ("n", -1), ("n", "many"), ("n", 128), ("max_tokens", 0),
         ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", 10**30), ("temperature", -1), ("temperature", NAN),
         ("temperature", float("inf")), ("temperature", 10**400), ("temperature", "hot"), ("temperature", 1e9),
-        ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 2**40), ("min_p", 2), ("min_p", -NAN), ("seed", -1),
-        ("seed", 2**63), ("stop", 5), ("stop", [""]), ("stop", ""), ("stop", ["a"] * 17), ("stop", "x" * 2000),
+        ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 2**40), ("min_p", 2), ("min_p", -NAN), ("seed", -2),
+        ("seed", 2**63), ("stop", 5), ("stop", [""]), ("stop", ""), ("stop", ["a"] * 65), ("stop", "x" * 2000),
         ("stop", ["\udfff"]), ("stop", [None]), ("stop_token_ids", [258]), ("stop_token_ids", [-1]),
         ("stop_token_ids", "x"), ("stop_token_ids", [1] * 2000), ("min_tokens", -1), ("min_tokens", 17),
         ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 1), ("prompt_logprobs", -1), ("stream", "perhaps"),
-        ("stream_options", {"include_usage": True}), ("request_id", "x" * 300), ("request_id", "a\nb"),
+        ("stream_options", {"include_usage": True}), ("stop", ["x" * 1024] * 17), ("temperature", True), ("top_p", True), ("min_p", False),
+        ("frequency_penalty", False), ("presence_penalty", False), ("best_of", True), ("length_penalty", True),
+        ("repetition_penalty", True), ("request_id", "x" * 300), ("request_id", "a\nb"),
         ("request_id", ""), ("request_id", "\ud800"),
         ("user", 5), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.2),
         ("logit_bias", {"5": 1}), ("best_of", 2), ("suffix", "end"), ("cache_salt", "s"),
@@ -139,7 +141,8 @@ def test_too_long_a_prompt_names_both_numbers(
     answer = http.post(path, json=body)
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
-    assert "512" in error["message"]
+    # litellm and others know the error by these words of OpenAI's API.
+    assert error["message"].startswith("This model's maximum context length is 512 tokens")
     assert str(tokens) in error["message"]
 
 

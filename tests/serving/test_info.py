@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fly_jax import __version__
-from fly_jax.errors import EngineDeadError
+from fly_jax.errors import ConfigError, EngineDeadError
 from fly_jax.outputs import EngineStats
 from serving import ServerOptions
 from tests.serving.scripted_engine import REPLY, ScriptedEngine
@@ -39,7 +39,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_a_served_name_replaces_the_models_own(in_process: Client) -> None:
     async def ask() -> tuple[httpx.Response, ...]:
-        async with in_process(options=ServerOptions(served_model_name="org/name")) as client:
+        async with in_process(options=ServerOptions(served_model_names=("org/name",))) as client:
             body = {"model": "org/name", "prompt": "hi"}
             old = {"model": "scripted", "prompt": "hi"}
             return (
@@ -52,6 +52,31 @@ def test_a_served_name_replaces_the_models_own(in_process: Client) -> None:
     assert (card.json()["id"], card.json()["root"], card.json()["max_model_len"]) == ("org/name", "scripted", 512)
     assert answer.json()["model"] == "org/name"
     assert old.status_code == 404
+
+
+def test_every_served_name_is_listed_and_answers_by_the_first(in_process: Client) -> None:
+    async def ask() -> tuple[list[str], list[str]]:
+        async with in_process(options=ServerOptions(served_model_names=("org/name", "short"))) as client:
+            listed = [card["id"] for card in (await client.get("/v1/models")).json()["data"]]
+            bodies = [{"model": name, "prompt": "hi"} for name in ("short", "org/name", "", None)]
+            answers = [await client.post("/v1/completions", json=body) for body in bodies]
+            return listed, [answer.json()["model"] for answer in answers]
+
+    assert asyncio.run(ask()) == (["org/name", "short"], ["org/name"] * 4)
+
+
+def test_no_served_name_is_empty() -> None:
+    with pytest.raises(ConfigError, match="served_model_name must not be empty"):
+        ServerOptions(served_model_names=("a", ""))
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/version", "/load", "/metrics", "/v1/models", "/v1/models/scripted", "/layout"]
+)
+def test_head_is_get_without_a_body(http: httpx.Client, path: str) -> None:
+    head = http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers.get("content-type") == http.get(path).headers.get("content-type")
 
 
 def test_health_version_and_load(http: httpx.Client) -> None:

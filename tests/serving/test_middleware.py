@@ -63,3 +63,34 @@ def test_the_headers_id_names_the_answer(http: httpx.Client) -> None:
 
 def test_keys_do_not_show_in_the_options() -> None:
     assert "secret" not in repr(ServerOptions(api_key="secret-1", admin_key="secret-2"))
+
+
+PAGE = {"Origin": "https://page.example"}
+PREFLIGHT = {**PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+def test_pages_of_other_origins_read_nothing_by_default(in_process: Client) -> None:
+    assert "access-control-allow-origin" not in ask(in_process, "GET", "/v1/models", PAGE).headers
+    assert ask(in_process, "OPTIONS", "/v1/completions", PREFLIGHT).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("allowed", "answered"),
+    [(("*",), "*"), (("https://page.example",), "https://page.example"), (("https://other.example",), None)],
+)
+def test_pages_of_allowed_origins_ask_before_they_have_shown_a_key(
+    in_process: Client, allowed: tuple[str, ...], answered: str | None
+) -> None:
+    options = ServerOptions(api_key="key", allowed_origins=allowed)
+    preflight = ask(in_process, "OPTIONS", "/v1/completions", PREFLIGHT, options)
+    refused = ask(in_process, "GET", "/v1/models", PAGE, options)
+    assert preflight.status_code == (400 if answered is None else 200)
+    assert refused.status_code == 401
+    for answer in (preflight, refused):
+        assert answer.headers.get("access-control-allow-origin") == answered
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_a_page_of_an_allowed_origin_changes_no_layout(in_process: Client) -> None:
+    headers = {**PAGE, "Content-Type": "application/json"}
+    assert ask(in_process, "POST", "/layout", headers, ServerOptions(allowed_origins=("*",))).status_code == 403
