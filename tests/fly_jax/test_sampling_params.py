@@ -91,3 +91,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(field: str, value: Any) ->
 def test_numbers_of_numpy_become_plain_ones() -> None:
     params = SamplingParams(seed=np.int32(7), temperature=np.float32(1.0), top_k=np.int64(3))  # type: ignore[arg-type]
     assert (type(params.seed), type(params.temperature), type(params.top_k)) == (int, float, int)
+
+
+def test_seed_minus_one_draws_one_as_none_does() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None)
