@@ -96,7 +96,7 @@ def hosted(
     command = [sys.executable, "-m", "fly_jax", "serve", str(model), "--port", str(port), *arguments]
     url = f"http://127.0.0.1:{port}"
     streams: dict[str, Any] = {"stdout": sys.stderr if output is None else output, "stderr": output}
-    with stopping_on_signals(), _started(command, open_files, streams) as process:
+    with stopping_on_signals(), started(command, open_files, streams) as process:
         try:
             _wait_until_ready(process, url)
             yield HostedServer(url, process.pid)
@@ -104,7 +104,7 @@ def hosted(
             _stop(process)
 
 
-def _started(command: list[str], open_files: int | None, streams: dict[str, Any]) -> subprocess.Popen[bytes]:
+def started(command: list[str], open_files: int | None, streams: dict[str, Any]) -> subprocess.Popen[bytes]:
     """A child inherits this process's limit, which is its own again afterwards."""
     own, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if open_files is not None and open_files < hard:

@@ -34,6 +34,8 @@ UNKNOWN_LENGTH = 1024
 # A server that we start may have so many files, so that as many connections can be made from one client.
 OPEN_FILES = 4096
 REST_SECONDS = 120
+# Of the log of a server that failed.
+SHOWN_CHARACTERS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,15 @@ def _server(options: argparse.Namespace) -> Iterator[WatchedServer]:
     with tempfile.TemporaryDirectory(prefix="fly-jax-abuse-") as folder:
         log = options.server_log or Path(folder) / "server.log"
         terminal.say(f"starting a server of {options.self_hosted}; its log goes to {log}")
-        with (
-            log.open("w") as file,
-            hosted(options.self_hosted, arguments, output=file, open_files=OPEN_FILES) as server,
-        ):
-            yield WatchedServer(server.url, server.pid, log)
+        try:
+            with (
+                log.open("w") as file,
+                hosted(options.self_hosted, arguments, output=file, open_files=OPEN_FILES) as server,
+            ):
+                yield WatchedServer(server.url, server.pid, log)
+        except ConfigError:  # the log may not outlast this
+            terminal.say(log.read_text(errors="replace")[-SHOWN_CHARACTERS:])
+            raise
 
 
 def _setting(options: argparse.Namespace, server: WatchedServer, sizes: Sizes) -> Setting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 
 import pytest
 
-from fly_jax.bench.self_hosted import ENDING_SIGNALS, stopping_on_signals
+from fly_jax.bench.self_hosted import ENDING_SIGNALS, started, stopping_on_signals
 
 # Stands for the benchmark: it says when it can be told to end, and that what it started has been stopped.
 BENCHMARK = """
@@ -70,3 +71,12 @@ def test_in_another_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert entered
+
+
+def test_a_limit_of_open_files_is_the_child_s_alone() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    with started([sys.executable, "-c", told], 64, {"stdout": subprocess.PIPE}) as process:
+        printed, _ = process.communicate(timeout=120)
+    assert int(printed) == 64
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
