@@ -40,6 +40,8 @@ def assemble(
 ) -> dict[str, np.ndarray]:
     """Reads safetensors into the prepared layout; see :func:`checkpoints.prepare.load_weights`."""
     source = TensorFolder(folder)
+    if spec.config.tie_embeddings:
+        source.share_table()
     source.check(tensor_shapes(spec.config), ignored_tensors(spec.config))
     buffers, plans, arrays = spec.buffers, plan(spec), allocate(spec, base_shard)
 

@@ -67,7 +67,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def ignored_tensors(config: ModelConfig) -> set[str]:
-    """Tensors of older or tied checkpoints that repeat what config.json or the embedding table says."""
+    """Tensors of older or tied checkpoints that repeat what config.json or the embedding table says.
+
+    A head that differs from the table is none of them: see :func:`checkpoints.model_folder.read_model`.
+    """
     ignored = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)}
     ignored.add("model.rotary_emb.inv_freq")
     return ignored | {"lm_head.weight"} if config.tie_embeddings else ignored

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.assemble import assemble
-from checkpoints.prepared import prepared_info, restore
+from checkpoints.prepared import restore
+from checkpoints.prepared_info import prepared_info
 from checkpoints.progress import Progress
 from fly_jax.models.sharding import ModelSpec
 

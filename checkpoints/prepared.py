@@ -7,28 +7,23 @@ and no part in transit is large.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from checkpoints.assemble import allocate, assemble, row_range
+from checkpoints.model_folder import read_model
+from checkpoints.prepared_info import DTYPES, INFO_FILE, PreparedInfo, prepared_info, write_info
 from checkpoints.progress import Progress
 from checkpoints.store import read_parts, write_parts
 from fly_jax.errors import CheckpointError, ConfigError
-from fly_jax.models.config import ModelConfig, read_json
 from fly_jax.models.sharding import ModelSpec, ParameterSpec, model_spec
 
-INFO_FILE = "fly_jax.json"
 WEIGHTS_FOLDER = "weights"
-FORMAT_VERSION = 1
-DTYPES = ("float32", "bfloat16")
 
 _COPIED_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -36,38 +31,30 @@ _COPIED_FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PreparedInfo:
-    """What ``fly_jax.json`` says.
-
-    Attributes:
-        max_tp: the widest degree that the buffers can be viewed at; make the model's spec with it.
-        dtype: ``float32`` or ``bfloat16``; config.json keeps naming the original checkpoint's.
-        shapes: of every buffer, by name.
-        files: bytes of every file of the Orbax checkpoint, by its path in the folder.
-    """
-
-    max_tp: int
-    dtype: str
-    shapes: dict[str, tuple[int, ...]]
-    files: dict[str, int]
-
-
 def convert(
-    hf_folder: Path, out_folder: Path, *, max_tp: int, dtype: np.typing.DTypeLike, progress: Progress | None = None
+    hf_folder: Path,
+    out_folder: Path,
+    *,
+    max_tp: int,
+    dtype: np.typing.DTypeLike | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes the prepared checkpoint of a Hugging Face folder; it appears under its name only once it is complete.
 
-    Holds one whole replica in host memory. ``progress`` follows the reading (bytes done, bytes in all).
+    Holds one whole replica in host memory. Without ``dtype`` the folder's own is kept. ``progress`` follows the reading
+    (bytes done, bytes in all).
 
     Raises:
         CheckpointError: ``out_folder`` is not empty or cannot be written, or the model's files are missing or damaged.
         ConfigError: ``max_tp``, ``dtype`` or the architecture is not supported.
     """
     hf_folder, out_folder = Path(hf_folder), Path(out_folder)
-    dtype = np.dtype(dtype)
-    _check_arguments(hf_folder, out_folder, max_tp, dtype.name)
-    spec = model_spec(ModelConfig.from_folder(hf_folder), max_tp, dtype)
+    _check_arguments(hf_folder, out_folder, max_tp)
+    model = read_model(hf_folder)
+    dtype = np.dtype(model.dtype if dtype is None else dtype)
+    if dtype.name not in DTYPES:
+        raise ConfigError(f"dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
+    spec = model_spec(model, max_tp, dtype)
     with _appearing(out_folder) as temporary:
         arrays = assemble(hf_folder, spec, progress=progress)
         parts = {key: _parts(spec.buffers[key], array, max_tp) for key, array in arrays.items()}
@@ -76,28 +63,7 @@ def convert(
             if (hf_folder / file).is_file():
                 shutil.copyfile(hf_folder / file, temporary / file)
         shapes = {key: array.shape for key, array in arrays.items()}
-        _write_info(temporary, PreparedInfo(max_tp, dtype.name, shapes, _weight_files(temporary)))
-
-
-def prepared_info(folder: Path) -> PreparedInfo | None:
-    """What a prepared folder says of itself; None where the folder is not one.
-
-    Raises:
-        CheckpointError: ``fly_jax.json`` is damaged or of another format version.
-    """
-    path = Path(folder) / INFO_FILE
-    if not path.is_file():
-        return None
-    raw = read_json(path)
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {raw.get('format_version')}, this release reads {FORMAT_VERSION}: "
-            "run fly-jax convert again"
-        )
-    try:
-        return _parse_info(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}): run fly-jax convert again") from error
+        write_info(temporary, PreparedInfo(max_tp, dtype.name, shapes, _weight_files(temporary)))
 
 
 def restore(
@@ -120,9 +86,7 @@ def restore(
     return arrays
 
 
-def _check_arguments(hf_folder: Path, out_folder: Path, max_tp: int, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
+def _check_arguments(hf_folder: Path, out_folder: Path, max_tp: int) -> None:
     if max_tp < 1 or max_tp & (max_tp - 1):
         raise ConfigError(f"max_tp {max_tp} is not a power of two")
     if (hf_folder / INFO_FILE).exists():
@@ -165,26 +129,6 @@ def _parts(buffer: ParameterSpec, array: np.ndarray, max_tp: int, start: int = 0
     whole = buffer.shape[0]
     rows = whole // max_tp if buffer.sharded or len(buffer.shape) > 1 else whole
     return {(start + row) // rows: array[row : row + rows] for row in range(0, array.shape[0], rows)}
-
-
-def _parse_info(raw: dict[str, Any]) -> PreparedInfo:
-    shapes = {str(name): tuple(int(size) for size in shape) for name, shape in raw["buffers"].items()}
-    files = {str(file): int(size) for file, size in raw["files"].items()}
-    info = PreparedInfo(int(raw["max_tp"]), str(raw["dtype"]), shapes, files)
-    if info.max_tp < 1 or info.dtype not in DTYPES:
-        raise ValueError(f"max_tp {info.max_tp}, dtype {info.dtype}")
-    return info
-
-
-def _write_info(folder: Path, info: PreparedInfo) -> None:
-    content = {
-        "format_version": FORMAT_VERSION,
-        "max_tp": info.max_tp,
-        "dtype": info.dtype,
-        "buffers": info.shapes,
-        "files": info.files,
-    }
-    (folder / INFO_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

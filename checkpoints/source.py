@@ -22,6 +22,8 @@ from fly_jax.models.config import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 _DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -53,6 +55,14 @@ class TensorFolder:
         """
         self.folder = folder
         self._tensors = _folder_tensors(folder)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def share_table(self) -> None:
+        """For a tied model: where the file holds the shared table as the head only, it is the embedding's too."""
+        if HEAD in self._tensors:
+            self._tensors.setdefault(EMBEDDING, self._tensors[HEAD])
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
         """Compares names and shapes with what the model needs.
@@ -97,7 +107,10 @@ def _folder_tensors(folder: Path) -> dict[str, Tensor]:
         return _indexed_tensors(folder)
     pickles = sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
     if pickles:
-        raise CheckpointError(f"{pickles[0]} is a pickle file, which is never read: save the model as safetensors")
+        raise CheckpointError(
+            f"{folder} has no safetensors weights, only {pickles[0].name}: that is a pickle file, which is never read "
+            "because it can run code: load it with transformers and save it with save_pretrained"
+        )
     raise CheckpointError(f"{folder} has no {SINGLE_FILE} or {INDEX_FILE}: give a folder with safetensors weights")
 
 

@@ -106,16 +106,14 @@ def convert(options: argparse.Namespace) -> int:
     import jax.numpy as jnp
 
     from checkpoints import convert as convert_folder
-    from fly_jax.models.config import ModelConfig, serving_dtype
     from fly_jax.progress import LoadProgress
 
-    dtype = serving_dtype(options.dtype, ModelConfig.from_folder(options.hf_folder).dtype)
     with LoadProgress(enabled=not options.quiet) as bar:
         convert_folder(
             options.hf_folder,
             options.out_folder,
             max_tp=options.max_tp,
-            dtype=jnp.dtype(dtype),
+            dtype=None if options.dtype == "auto" else jnp.dtype(options.dtype),
             progress=lambda done, total: bar.report("loading", done, total),
         )
     print(f"{options.out_folder} is ready: fly-jax serve {options.out_folder}")

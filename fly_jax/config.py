@@ -13,7 +13,7 @@ from fly_jax.outputs import SwitchStrategy
 
 # Two tiles: one that decodes may have to share, and one of prompt.
 MIN_PROMPT_TOKENS = 32
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 POLICIES = ("auto", "load_adaptive", "static")
 SCHEDULING_POLICIES = ("fcfs", "priority")
@@ -46,7 +46,8 @@ class EngineConfig:
         scheduling_policy: ``fcfs``: requests run in order of arrival, and one that sets a priority is refused;
             ``priority``: a request with a lower priority number runs first.
         base_tp: smallest TP degree that holds the model; None: found from the memory.
-        dtype: ``auto`` keeps the checkpoint's.
+        dtype: ``auto`` keeps the checkpoint's, float16 too. float16 ends at 65,504: a request whose logits are not
+            finite ends with an error.
         load_format: ``dummy`` draws random weights on the devices from ``config.json`` alone, for measuring speed;
             ``auto`` reads the folder's.
         generation_config: where sampling options of requests that set none come from: ``auto``: the model's

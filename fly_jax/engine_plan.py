@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from checkpoints import PreparedInfo, prepared_info
+from checkpoints import PreparedInfo, prepared_info, read_model
 from fly_jax.config import EngineConfig
 from fly_jax.errors import CheckpointError, ConfigError, ModelTooLargeError
 from fly_jax.executables import ProgramShapes
@@ -16,12 +17,14 @@ from fly_jax.generation_config import FILE, MODEL_FILE, generation_folder, read_
 from fly_jax.group_scheduler import SchedulerLimits
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
-from fly_jax.models.config import ModelConfig, read_json, serving_dtype
+from fly_jax.models.config import ModelConfig, read_json
 from fly_jax.models.sharding import ModelSpec, model_spec
 from fly_jax.platform import host_memory_bytes, start_devices
 from fly_jax.sampling_params import SamplingDefaults
 from fly_jax.tokenizer import Tokenizer, placeholder_tokenizer
 from kernels_pallas import default_backend
+
+_log = logging.getLogger(__name__)
 
 # Without an accelerator's memory to fill, the pools hold this many full contexts a device, within a share of the host.
 CPU_FULL_CONTEXTS = 8
@@ -63,12 +66,18 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     Raises:
         ConfigError, LayoutError, CheckpointError, ModelTooLargeError: one line that says what to do.
     """
-    folder = _model_folder(config.model)
+    folder = config.model
+    # Dummy weights need config.json alone, so there may be no file to tell the truth of.
+    model_config = ModelConfig.from_folder(folder) if config.load_format == "dummy" else read_model(folder)
     defaults = read_sampling_defaults(config.generation_config, config.override_generation_config, folder)
-    model_config = ModelConfig.from_folder(folder)
     tokenizer = _tokenizer(config, folder, model_config)
     devices = _devices(config)
     spec = _model_spec(config, folder, model_config, len(devices))
+    if spec.dtype == jnp.float16 and devices[0].platform == "cpu":
+        _log.warning(
+            "float16 on CPU: every product converts its weights to float32; --dtype bfloat16 is less exact, "
+            "and several times as fast where the CPU has instructions for it"
+        )
     memory = _device_memory(config, devices)
     base_tp = _base_tp(config, spec, memory, len(devices))
     layout, groups = _layouts(config, len(devices), base_tp)
@@ -88,14 +97,6 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     )
     eos = _eos_token_ids(folder, generation_folder(config.generation_config, folder), tokenizer.eos_token_id)
     return EnginePlan(config, model_config, tokenizer, eos, defaults, devices, base_tp, layout, groups, limits, shapes)
-
-
-def _model_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise CheckpointError(
-            f"model folder {path} does not exist: give a Hugging Face folder or one made by fly-jax convert"
-        )
-    return path
 
 
 def _tokenizer(config: EngineConfig, folder: Path, model: ModelConfig) -> Tokenizer:
@@ -120,8 +121,8 @@ def _attention_backend(config: EngineConfig, devices: tuple[jax.Device, ...]) ->
 def _model_spec(config: EngineConfig, folder: Path, model: ModelConfig, num_devices: int) -> ModelSpec:
     prepared = None if config.load_format == "dummy" else prepared_info(folder)
     stored = prepared.dtype if prepared is not None else model.dtype
-    dtype = jnp.dtype(serving_dtype(config.dtype, stored))
-    return model_spec(model, _max_tp(folder, prepared, num_devices), dtype)
+    dtype = stored if config.dtype == "auto" else config.dtype
+    return model_spec(model, _max_tp(folder, prepared, num_devices), jnp.dtype(dtype))
 
 
 def _max_tp(folder: Path, prepared: PreparedInfo | None, num_devices: int) -> int:

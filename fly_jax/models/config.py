@@ -107,12 +107,6 @@ class ModelConfig:
         )
 
 
-def serving_dtype(asked: str, stored: str) -> str:
-    """``float32`` or ``bfloat16``: what is asked for, or with ``auto`` the checkpoint's (bfloat16 for float16)."""
-    name = stored if asked == "auto" else asked
-    return "bfloat16" if name == "float16" else name
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

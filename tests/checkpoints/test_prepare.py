@@ -21,7 +21,7 @@ CASE = CASES["llama_biases"]
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_conversion(tmp_path: Path, stored: str, dtype: str) -> None:
     spec = make(tmp_path, CASE, dtype=stored)
     spec = make(tmp_path / "again", CASE | {"torch_dtype": stored}, dtype=dtype)
@@ -87,7 +87,7 @@ def test_aligned_empty(shape: tuple[int, ...], dtype: type) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 300), (257, 128), (129, 1)])
 @pytest.mark.parametrize("source_type", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("target_type", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("target_type", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_copies_convert_and_transpose(shape: tuple[int, int], source_type: type, target_type: type) -> None:
     source: np.ndarray = np.random.default_rng(0).standard_normal(shape).astype(source_type)
     plain, transposed = aligned_empty(shape, target_type), aligned_empty(shape[::-1], target_type)

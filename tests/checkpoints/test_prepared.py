@@ -12,7 +12,8 @@ import pytest
 
 from checkpoints import prepared
 from checkpoints.memory import ALIGNMENT
-from checkpoints.prepared import PreparedInfo, convert, prepared_info
+from checkpoints.prepared import convert
+from checkpoints.prepared_info import PreparedInfo, prepared_info
 from fly_jax.errors import CheckpointError, ConfigError
 from fly_jax.models.config import ModelConfig
 from fly_jax.models.sharding import model_spec
@@ -27,7 +28,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", [CASE, CASES["llama_vocab_323_tied"], CASES["qwen3"]], ids=["biases", "tied", "qwen3"])
 def test_round_trip_is_bitwise(tmp_path: Path, case: Config, dtype: str) -> None:
     spec = make(tmp_path / "hf", case, dtype=dtype)
@@ -111,8 +112,8 @@ def test_refused_before_anything_is_written(folders: tuple[Path, Path]) -> None:
     expect_error(lambda: convert(out.parent / "typo", out.parent / "x", max_tp=4, dtype=np.float32), "typo")
     with pytest.raises(ConfigError, match="max_tp 3 is not a power of two"):
         convert(hf, out.parent / "x", max_tp=3, dtype=np.float32)
-    with pytest.raises(ConfigError, match="dtype float16"):
-        convert(hf, out.parent / "x", max_tp=4, dtype=np.float16)
+    with pytest.raises(ConfigError, match="dtype float64"):
+        convert(hf, out.parent / "x", max_tp=4, dtype=np.float64)
     assert [path.name for path in sorted(out.parent.iterdir())] == ["hf", "out"]
 
 
@@ -122,7 +123,7 @@ def test_interrupted_convert_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepared, "_write_info", interrupt)
+    monkeypatch.setattr(prepared, "write_info", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "hf", tmp_path / "out", max_tp=1, dtype=np.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

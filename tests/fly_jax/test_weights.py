@@ -34,7 +34,7 @@ def leaves(weights: WeightsManager, group: DeviceGroup) -> Iterator[tuple[Parame
     yield from zip(spec.head.parameters, weights.head(group), strict=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("base_tp", [1, 2, 4])
 @pytest.mark.parametrize("case", MODELS)
 def test_every_shard_of_every_layout_lies_inside_a_resident_buffer(
