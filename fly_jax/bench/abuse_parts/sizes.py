@@ -26,10 +26,11 @@ class Sizes:
     hold_seconds: float = 60.0
     connections: int = 4200
     connections_seconds: float = 17.0
-    other_streams: int = 8
+    other_streams: int = 32
+    wide_size: int = 0
     wide_rate: float = 4.0
     wide_seconds: float = 14.0
-    wide_tokens: int = 16
+    wide_tokens: int = 4
     waiting_requests: int = 1400
     waiting_seconds: float = 10.0
     flood_requests: int = 256
@@ -50,8 +51,9 @@ HELP = {
     "hold_seconds": "longest that each of them is kept; longer than the server's timeouts",
     "connections": "in the phase that opens as many as the server can have files",
     "connections_seconds": "that they are kept",
-    "other_streams": "well-behaved streams beside wide requests",
-    "wide_rate": "requests a second for the widest group",
+    "other_streams": "well-behaved streams beside wide requests, enough for the policy to want narrow groups",
+    "wide_size": "devices that a wide request asks for; 0: all",
+    "wide_rate": "wide requests a second",
     "wide_seconds": "that they are sent",
     "wide_tokens": "that each generates",
     "waiting_requests": "of one client at once, more than the server runs and lets wait",

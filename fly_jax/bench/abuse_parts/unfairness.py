@@ -20,8 +20,9 @@ USUAL_WIDTH = 4
 
 
 async def wide_requests(abuser: Abuser) -> Figures:
-    """Requests for the widest group at a steady rate."""
-    sizes, width = abuser.sizes, await widest(abuser)
+    """Requests for a wide group at a steady rate."""
+    sizes = abuser.sizes
+    width = sizes.wide_size or await widest(abuser)
     body = abuser.body(
         prompt=PROMPT, max_tokens=sizes.wide_tokens, tensor_parallel_size=width, stream=True, ignore_eos=True
     )
