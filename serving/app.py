@@ -21,6 +21,7 @@ from serving.middleware import (
     RequestId,
     RequireApiKey,
 )
+from serving.openapi import openapi_of
 from serving.options import ServerOptions
 from serving.state import ServerState
 
@@ -34,9 +35,11 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
     # written from the Host header, which is the client's.
     app = FastAPI(title="fly-jax", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = ServerState(engine, options, metrics, in_flight, started=int(time.time()))
-    for module in (completions, chat, info, tokenization, admin):
-        app.include_router(module.router)
-    install_error_handlers(app)
+    routers = [module.router for module in (completions, chat, info, tokenization, admin)]
+    for router in routers:
+        app.include_router(router)
+    install_error_handlers(app, [route for router in routers for route in router.routes])
+    app.openapi = openapi_of(app, options)  # type: ignore[method-assign]
     _add_middleware(app, options, in_flight)
     return app
 

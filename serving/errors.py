@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Match, Route
 
 from fly_jax.errors import (
     ContextLengthError,
@@ -90,14 +91,25 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", type=SERVER, code="shutting_down")
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     """Makes the framework's own errors (404, 405, validation) and ours leave in one shape."""
 
-    async def handle(_: Request, exc: Exception) -> JSONResponse:
-        return to_api_error(exc).response()
+    async def handle(request: Request, exc: Exception) -> JSONResponse:
+        error = to_api_error(exc)
+        if error.status == 405:
+            # The framework knows the methods of one route, a path may have several.
+            error.headers["Allow"] = ", ".join(sorted(_methods_of(request, routes)))
+        return error.response()
 
     for kind in (ApiError, FlyJaxError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+
+
+def _methods_of(request: Request, routes: Sequence[BaseRoute]) -> set[str]:
+    found = (
+        route for route in routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    )
+    return {method for route in found for method in route.methods or ()}
 
 
 def _from_http(exc: HTTPException) -> ApiError:

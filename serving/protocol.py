@@ -44,6 +44,11 @@ _unknown_fields = UnknownFieldLog()
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), NOT_BOOLEAN]
 
 
+def _one_of(*names: str) -> dict[str, Any]:
+    """For the document: the body has at least one of these fields, and it is not null."""
+    return {"anyOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names]}
+
+
 class Body(BaseModel):
     """Base of all request bodies."""
 
@@ -238,6 +243,8 @@ class ChatCompletionRequest(GenerationBody):
 class TokenizeRequest(Body):
     """``POST /tokenize``: either a text or messages."""
 
+    model_config = ConfigDict(json_schema_extra=_one_of("prompt", "messages"))
+
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -268,7 +275,7 @@ class LayoutRequest(Body):
     """
 
     # An option of an operator that is misspelled must not pass for one left out.
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), json_schema_extra=_one_of("layout", "policy"))
 
     layout: Name | None = None
     strategy: SwitchStrategy | None = None

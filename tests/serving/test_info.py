@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import openai
@@ -12,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fly_jax import __version__
 from fly_jax.errors import ConfigError, EngineDeadError
 from fly_jax.outputs import EngineStats
-from serving import ServerOptions
+from serving import ServerOptions, create_app
 from tests.serving.scripted_engine import REPLY, ScriptedEngine
 
 Client = Callable[..., httpx.AsyncClient]
@@ -89,6 +90,52 @@ def test_health_version_and_load(http: httpx.Client) -> None:
 def test_schema_is_served(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/layout", "/metrics"} <= set(paths)
+
+
+def document_of(options: ServerOptions) -> dict[str, Any]:
+    return create_app(ScriptedEngine(), options).openapi()
+
+
+def test_the_schema_promises_the_errors_that_there_are() -> None:
+    document = document_of(ServerOptions())
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            assert "422" not in responses
+            assert {"413", "500", "503"} <= set(responses)
+            if method == "post":
+                assert responses["400"]["content"]["application/json"]["schema"] == {
+                    "$ref": "#/components/schemas/Error"
+                }
+            assert ("404" in responses) == (
+                path.startswith(("/v1/chat", "/v1/comp", "/v1/models/")) or "tokenize" in path
+            )
+    assert set(document["paths"]["/layout"]["post"]["responses"]) >= {"401", "403", "415"}
+    assert not {"HTTPValidationError", "ValidationError"} & set(document["components"]["schemas"])
+
+
+def test_the_schema_knows_media_types_and_limits() -> None:
+    document = document_of(ServerOptions())
+    answers = {path: operations.popitem()[1]["responses"]["200"] for path, operations in document["paths"].items()}
+    assert set(answers["/v1/completions"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(answers["/metrics"]["content"]) == {"text/plain"}
+    assert "content" not in answers["/health"]
+    fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 100}
+    assert fields["stop"]["anyOf"][1]["maxItems"] == 64
+
+
+def test_the_schema_asks_for_the_keys_that_the_server_asks_for() -> None:
+    paths = document_of(ServerOptions(api_key="key", admin_key="other"))["paths"]
+    assert paths["/v1/completions"]["post"]["security"] == [{"ApiKey": []}]
+    assert paths["/layout"]["post"]["security"] == [{"AdminKey": []}, {"AdminKeyHeader": []}]
+    assert "security" not in paths["/health"]["get"]
+    assert "security" not in document_of(ServerOptions())["paths"]["/v1/completions"]["post"]
+
+
+def test_a_wrong_method_is_told_all_right_ones(http: httpx.Client) -> None:
+    assert http.delete("/layout").headers["allow"] == "GET, HEAD, POST"
+    assert http.get("/v1/completions").headers["allow"] == "POST"
 
 
 def test_tokenize_and_back(http: httpx.Client) -> None:
