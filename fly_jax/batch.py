@@ -176,11 +176,17 @@ def pack_sampling(rows: tuple[ScheduledRow, ...], bucket: int, pad_slot: int) ->
     return sampling_layout(bucket).pack(1, columns)
 
 
-def pack_targets(plan: StepPlan, tokens: int) -> np.ndarray:
-    """``int32 [tokens]``: at each scored place the token that follows it in the prompt, elsewhere 0."""
-    targets = np.zeros(tokens, np.int32)
+def scoring_layout(tokens: int) -> PackedLayout:
+    """The upload of a score step of this many places."""
+    return PackedLayout((("targets", (tokens,)), ("top_logprobs", (tokens,))))
+
+
+def pack_scoring(plan: StepPlan, tokens: int) -> np.ndarray:
+    """``int32 [1, size]``: at each scored place the token that follows it in the prompt, elsewhere 0."""
+    targets, alternatives = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
     for row, place in zip(plan.rows, places(plan), strict=True):
         if row.scores:
             follow = row.request.prompt_ids[row.start + 1 : row.start + row.count + 1]
             targets[place : place + len(follow)] = follow
-    return targets
+            alternatives[place : place + len(follow)] = row.request.params.prompt_logprobs or 0
+    return scoring_layout(tokens).pack(1, {"targets": targets, "top_logprobs": alternatives})

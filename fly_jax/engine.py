@@ -180,8 +180,8 @@ class Engine:
             return None
         if result.failed:
             return self._fail_of_logits(request)
-        fresh = len(request.prompt_logprobs) - row.start  # a recomputed prompt is scored again
-        request.prompt_logprobs.extend(result.scores[max(0, fresh) :])
+        if result.scores is not None:
+            request.add_prompt_logprobs(result.scores, row.start)
         if result.token is None:
             return None
         request.num_pending -= 1

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fly_jax import steps
-from fly_jax.batch import BackboneShape, chunk_blocks, sampling_layout, table_width
+from fly_jax.batch import BackboneShape, chunk_blocks, sampling_layout, scoring_layout, table_width
 from fly_jax.buckets import Buckets
 from fly_jax.device_arrays import BY_RANK
 from fly_jax.device_groups import DeviceMeshes
@@ -140,7 +140,7 @@ class ProgramLowerer:
         if key.kind is StepKind.HEAD:
             return jax.jit(steps.head(model, key.bucket, mesh), donate_argnums=2).lower(*arguments)
         if key.kind is StepKind.SCORE:
-            return jax.jit(steps.score(model, mesh)).lower(*arguments)
+            return jax.jit(steps.score(model, key.bucket, mesh)).lower(*arguments)
         if key.splits is not None:
             move = relayout(self.shapes.kv, key.splits, self.shapes.slots, mesh)
             return jax.jit(move, donate_argnums=(0, 1)).lower(*arguments)
@@ -159,7 +159,11 @@ class ProgramLowerer:
             return self._leaves(group, shapes.model.head), hidden, tables, packed
         if key.kind is StepKind.SCORE:
             hidden = self._struct(group, (key.bucket, hidden_size), shapes.dtype)
-            return self._leaves(group, shapes.model.head), hidden, self._struct(group, (key.bucket,), jnp.int32)
+            return (
+                self._leaves(group, shapes.model.head),
+                hidden,
+                self._struct(group, (1, scoring_layout(key.bucket).size), jnp.int32),
+            )
         pool_shape = (group.size * shapes.kv.num_blocks, shapes.kv.block_elements)
         pool = self._struct(group, pool_shape, storage_dtype(shapes.dtype), BY_RANK)
         if key.kind is StepKind.RELAYOUT:

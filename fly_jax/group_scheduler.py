@@ -249,7 +249,7 @@ def _decodes(request: Request) -> bool:
 
 
 def _scores(request: Request) -> bool:
-    return request.params.prompt_logprobs and request.num_computed < len(request.prompt_ids)
+    return request.params.prompt_logprobs is not None and request.num_computed < len(request.prompt_ids)
 
 
 def _launch(request: Request, count: int) -> ScheduledRow:

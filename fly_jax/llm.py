@@ -22,6 +22,7 @@ from fly_jax.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from fly_jax.models.config import ModelConfig
     from fly_jax.policy import Policy
+    from fly_jax.prompt_logprobs import PromptLogprobs
 
 Prompt = str | Sequence[int]
 
@@ -95,12 +96,12 @@ class LLM:
             InvalidRequestError, ContextLengthError: the tokens are refused.
             RequestFailedError: their logits are NaN or infinite.
         """
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True, ignore_eos=True)
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, ignore_eos=True)
         (output,) = self._run([_Pending(tuple(token_ids), None)], [params], show=False)
         if output.error is not None:
             raise RequestFailedError(output.error)
         assert output.prompt_logprobs is not None
-        return np.asarray(output.prompt_logprobs, np.float32)
+        return output.prompt_logprobs.logprobs
 
     def switch(self, layout: str, strategy: str | None = None, policy: str | None = None) -> SwitchReport:
         """Changes the layout and pins it; callable from another thread while :meth:`generate` runs.
@@ -204,7 +205,7 @@ class _Pending:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._prompt_logprobs: tuple[float, ...] | None = None
+        self._prompt_logprobs: PromptLogprobs | None = None
         self._last: RequestDelta | None = None
 
     def add(self, delta: RequestDelta) -> None:

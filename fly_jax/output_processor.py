@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
+from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.request import Request
 from fly_jax.stop_strings import StopFinder
 from fly_jax.text_stream import TextStream
@@ -77,8 +78,8 @@ class OutputProcessor:
         return None, None
 
     @staticmethod
-    def _prompt_logprobs(request: Request, stream: _Stream) -> tuple[float, ...] | None:
-        if not request.params.prompt_logprobs or stream.sent_prompt_logprobs:
+    def _prompt_logprobs(request: Request, stream: _Stream) -> PromptLogprobs | None:
+        if request.params.prompt_logprobs is None or stream.sent_prompt_logprobs:
             return None
         stream.sent_prompt_logprobs = True
-        return tuple(request.prompt_logprobs)
+        return PromptLogprobs.join(request.prompt_logprobs)

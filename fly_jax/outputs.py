@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fly_jax.prompt_logprobs import PromptLogprobs
 
 
 class SwitchStrategy(StrEnum):
@@ -31,18 +35,20 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token's log-probability and its most likely alternatives.
+    """One token's log-probability and its most likely alternatives.
 
     Attributes:
-        token_id: the sampled token.
+        token_id: the sampled token, or the prompt's.
         logprob: natural log-probability of the token under the model's own distribution, before temperature,
             truncation and the mask of ``min_tokens``.
         top: (token id, log-probability), most likely first.
+        rank: how many tokens are at least as likely; known of prompt tokens only.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ class RequestDelta:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
@@ -85,7 +91,7 @@ class RequestOutput:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
-    prompt_logprobs: tuple[float, ...] | None
+    prompt_logprobs: PromptLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     error: str | None = None

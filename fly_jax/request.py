@@ -8,6 +8,7 @@ from enum import Enum, auto
 from fly_jax.errors import InvalidRequestError
 from fly_jax.kv_cache import BlockTable
 from fly_jax.outputs import FinishReason
+from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.sampling_params import SamplingParams
 
 # Token ids that one request may mask; each costs a place in every row of every step's upload.
@@ -57,7 +58,7 @@ class Request:
     end_tokens: tuple[int, ...] = ()
     max_tokens: int = field(init=False)
     output_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
     num_pending: int = 0
@@ -119,6 +120,12 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    def add_prompt_logprobs(self, scores: PromptLogprobs, start: int) -> None:
+        """Takes those after position ``start``; a recomputed prompt is scored again, and only what is new counts."""
+        known = sum(map(len, self.prompt_logprobs)) - start
+        if known < len(scores):
+            self.prompt_logprobs.append(scores.after(max(0, known)))
 
     def masked_tokens(self, number: int) -> tuple[int, ...]:
         """Token ids that may not be output token ``number``, counted from 0."""

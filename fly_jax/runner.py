@@ -15,7 +15,7 @@ from jax import Array
 from fly_jax.batch import (
     pack_backbone,
     pack_sampling,
-    pack_targets,
+    pack_scoring,
     places,
     sampled_rows,
 )
@@ -27,6 +27,7 @@ from fly_jax.executables import ExecutableKey, ExecutableTable, ProgramShapes, S
 from fly_jax.group_scheduler import ScheduledRow, StepPlan
 from fly_jax.layout import DeviceGroup
 from fly_jax.outputs import TokenLogprob
+from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.relayout import pack_exchange
 from fly_jax.relayout_plan import CHUNK_SLABS, HeadSplits, PackedRelayout, SlabMove, exchange_rounds
 from fly_jax.sampling_params import MAX_LOGPROBS
@@ -44,12 +45,14 @@ class InFlightStep:
 
     Attributes:
         results: int32 bits ``[rows, RESULT_COLUMNS]``, None if no row samples.
-        scores: float32 ``[token places]``, None if no row wants prompt log-probabilities.
+        scores: int32 bits ``[token places, 2]``, None if no row wants prompt log-probabilities.
+        alternatives: int32 bits ``[token places, 2 * MAX_LOGPROBS]``, None if no row wants those of prompt tokens.
     """
 
     plan: StepPlan
     results: Array | None
     scores: Array | None
+    alternatives: Array | None
     marker: Array
 
     @property
@@ -68,12 +71,14 @@ class RowResult:
 
     row: ScheduledRow
     token: TokenLogprob | None
-    scores: tuple[float, ...] = ()
+    scores: PromptLogprobs | None = None
 
     @property
     def failed(self) -> bool:
         """The row's logits were no distribution; see :func:`fly_jax.sampling.log_probabilities`."""
-        return (self.token is not None and math.isnan(self.token.logprob)) or any(map(math.isnan, self.scores))
+        if self.token is not None and math.isnan(self.token.logprob):
+            return True
+        return self.scores is not None and bool(np.isnan(self.scores.logprobs).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class ModelRunner:
         key, packed = self._pack(plan)
         hidden, sample_hidden = self._run_backbone(key, packed)
         rows = sampled_rows(plan)
-        results = scores = None
+        results = scores = alternatives = None
         if rows:
             bucket = Buckets.pick(self.shapes.buckets(plan.group.size).rows, len(rows))
             sampling = pack_sampling(rows, bucket, pad_slot=self.shapes.slots - 1)
@@ -122,10 +127,14 @@ class ModelRunner:
             results.copy_to_host_async()
         if any(row.scores for row in plan.prefills):
             score = self.executables[ExecutableKey(plan.group, StepKind.SCORE, key.bucket)]
-            scores = score(state.head, hidden, pack_targets(plan, key.bucket))
+            scores, alternatives = score(state.head, hidden, pack_scoring(plan, key.bucket))
             scores.copy_to_host_async()
+            if any(row.request.params.prompt_logprobs for row in plan.prefills):
+                alternatives.copy_to_host_async()
+            else:
+                alternatives = None
         marker = results if results is not None else scores if scores is not None else sample_hidden
-        return InFlightStep(plan, results, scores, marker)
+        return InFlightStep(plan, results, scores, alternatives, marker)
 
     def wait_for_any(self, steps: Collection[InFlightStep]) -> None:
         """Waits until one of the steps is ready, so that a slow group does not hold up the others.
@@ -146,8 +155,9 @@ class ModelRunner:
         step.marker.block_until_ready()
         tokens = iter(()) if step.results is None else _read_tokens(step.plan, np.asarray(step.results))
         scores = None if step.scores is None else np.asarray(step.scores)
+        others = None if step.alternatives is None else np.asarray(step.alternatives)
         return [
-            RowResult(row, next(tokens) if row.samples else None, _read_scores(row, place, scores))
+            RowResult(row, next(tokens) if row.samples else None, _read_scores(row, place, scores, others))
             for row, place in zip(step.plan.rows, places(step.plan), strict=True)
         ]
 
@@ -209,9 +219,9 @@ class ModelRunner:
             sampling = pack_sampling((), key.bucket, pad_slot=shapes.slots - 1)
             self._run_head(key, hidden, sampling).block_until_ready()
         else:
-            targets = np.zeros(key.bucket, np.int32)
+            nothing = pack_scoring(StepPlan(group, (), ()), key.bucket)
             hidden = self._zeros(group, (key.bucket, width))
-            self.executables[key](self._groups[group].head, hidden, targets).block_until_ready()
+            jax.block_until_ready(self.executables[key](self._groups[group].head, hidden, nothing))
 
     def _pack(self, plan: StepPlan) -> tuple[ExecutableKey, np.ndarray]:
         buckets = self.shapes.buckets(plan.group.size)
@@ -255,9 +265,18 @@ def _read_tokens(plan: StepPlan, results: np.ndarray) -> Iterator[TokenLogprob]:
         yield TokenLogprob(int(results[index, 0]), float(floats[index, 1]), top)
 
 
-def _read_scores(row: ScheduledRow, place: int, scores: np.ndarray | None) -> tuple[float, ...]:
-    """Prompt log-probabilities of the tokens that follow the row's positions."""
+def _read_scores(
+    row: ScheduledRow, place: int, scores: np.ndarray | None, alternatives: np.ndarray | None
+) -> PromptLogprobs | None:
+    """Of the prompt tokens that follow the row's positions; see :func:`fly_jax.sampling.scores`."""
     if scores is None or not row.scores:
-        return ()
-    count = min(row.count, len(row.request.prompt_ids) - 1 - row.start)
-    return tuple(scores[place : place + count].tolist())
+        return None
+    prompt, top = row.request.prompt_ids, row.request.params.prompt_logprobs or 0
+    follow = np.asarray(prompt[row.start + 1 : row.start + row.count + 1], np.int32)
+    own = scores[place : place + len(follow)]
+    if alternatives is None:
+        alternatives = scores[:, :0]
+    others = alternatives[place : place + len(follow)]
+    ids, values = others[:, :top], others.view(np.float32)[:, MAX_LOGPROBS : MAX_LOGPROBS + top]
+    # Copies: a slice would keep the whole step's array.
+    return PromptLogprobs(follow, own.view(np.float32)[:, 0].copy(), own[:, 1].copy(), ids.copy(), values.copy())

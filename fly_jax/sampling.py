@@ -93,6 +93,19 @@ def results(logits: Array, tokens: Array, top_logprobs: Array) -> Array:
     return jnp.concatenate([tokens[:, None], bits[:, :1], ids, bits[:, 1:]], axis=1)
 
 
+def scores(logits: Array, targets: Array, top_logprobs: Array) -> tuple[Array, Array]:
+    """What is asked of prompt tokens, as int32 bits: their log-probability and rank, and the alternatives.
+
+    Two arrays, ``[rows, 2]`` and ``[rows, 2 * MAX_LOGPROBS]``: the second is copied only where somebody wants it.
+    """
+    logprobs = log_probabilities(logits)
+    chosen = jnp.take_along_axis(logprobs, targets[:, None], axis=-1)
+    rank = jnp.sum(logprobs >= chosen, axis=-1, keepdims=True, dtype=jnp.int32)
+    values, ids = alternatives(logprobs, top_logprobs)
+    own = jnp.concatenate([lax.bitcast_convert_type(chosen, jnp.int32), rank], axis=1)
+    return own, jnp.concatenate([ids, lax.bitcast_convert_type(values, jnp.int32)], axis=1)
+
+
 def alternatives(logprobs: Array, wanted: Array) -> tuple[Array, Array]:
     """The most likely tokens, float32 and int32 ``[rows, MAX_LOGPROBS]``; zeros unless some row wants them."""
 

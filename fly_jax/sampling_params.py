@@ -33,7 +33,8 @@ class SamplingParams:
         min_tokens: end-of-sequence tokens (``ignore_eos`` or not) and ``stop_token_ids`` are not sampled, and stop
             strings not honoured, until there are this many tokens.
         logprobs: report this many most likely alternatives per token (0: only the sampled token's own).
-        prompt_logprobs: report the teacher-forced log-probability of each prompt token.
+        prompt_logprobs: report the teacher-forced log-probability and rank of each prompt token, and this many most
+            likely alternatives (0: none).
         skip_special_tokens: leave special tokens out of the text.
         priority: lower runs first; requests of equal priority run in order of arrival. Other than 0 it needs the
             scheduling policy ``priority``.
@@ -54,7 +55,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     priority: int = 0
     tensor_parallel_size: int | None = None
@@ -62,14 +63,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("top_k", "min_tokens", "priority"):
             self._set(name, _as_integer(name, getattr(self, name)))
-        for name in ("max_tokens", "seed", "logprobs", "tensor_parallel_size"):
+        for name in ("max_tokens", "seed", "logprobs", "prompt_logprobs", "tensor_parallel_size"):
             if getattr(self, name) is not None:
                 self._set(name, _as_integer(name, getattr(self, name)))
         if self.seed == -1:
             self._set("seed", None)
         for name in ("temperature", "top_p", "min_p"):
             self._set(name, _as_number(name, getattr(self, name)))
-        for name in ("ignore_eos", "prompt_logprobs", "skip_special_tokens"):
+        for name in ("ignore_eos", "skip_special_tokens"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         self._set("stop", stops)
@@ -90,8 +91,9 @@ class SamplingParams:
         self._require("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}")
         enough = self.max_tokens is None or self.min_tokens <= self.max_tokens
         self._require("min_tokens", enough, f"at most max_tokens {self.max_tokens}")
-        known = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
-        self._require("logprobs", known, f"between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            self._require(name, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
         self._require("stop", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings")
         self._require("stop", all(isinstance(stop, str) and stop for stop in self.stop), "non-empty strings")
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from fly_jax.batch import BackboneShape, sampling_layout
+from fly_jax.batch import BackboneShape, sampling_layout, scoring_layout
 from fly_jax.device_arrays import BY_RANK
 from fly_jax.group_scheduler import TILE_TOKENS
 from fly_jax.models.llama import Decoder, LMHead
 from fly_jax.models.sharding import TP_AXIS, ModelSpec
-from fly_jax.sampling import SamplingRows, log_probabilities, results, sample
+from fly_jax.sampling import SamplingRows, results, sample, scores
 from kernels_pallas import AttentionBackend, AttentionOptions, KVLayout, QueryRuns
 
 _REPLICATED = PartitionSpec()
@@ -142,21 +142,25 @@ def head(spec: ModelSpec, rows: int, mesh: Mesh) -> Callable[..., tuple[Array, A
     )
 
 
-def score(spec: ModelSpec, mesh: Mesh) -> Callable[..., Array]:
-    """``(leaves, hidden [tokens, embed], targets [tokens]) -> log-probabilities float32 [tokens]``."""
+def score(spec: ModelSpec, tokens: int, mesh: Mesh) -> Callable[..., tuple[Array, Array]]:
+    """``(leaves, hidden [tokens, embed], packed) -> (own, alternatives)``; see :func:`fly_jax.sampling.scores`."""
 
-    def rank_step(leaves: tuple[Array, ...], hidden: Array, targets: Array) -> Array:
-        def score_tile(tile: tuple[Array, Array]) -> Array:
-            logits = _gather_logits(spec, mesh, leaves, tile[0])
-            return jnp.take_along_axis(log_probabilities(logits), tile[1][:, None], axis=-1)[:, 0]
+    def rank_step(leaves: tuple[Array, ...], hidden: Array, packed: Array) -> tuple[Array, Array]:
+        columns = scoring_layout(tokens).unpack(packed[0])
+
+        def score_tile(tile: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            return scores(_gather_logits(spec, mesh, leaves, tile[0]), tile[1], tile[2])
 
         # Tile by tile: the logits of all places at once would take tokens * vocabulary * 4 bytes.
-        tiles = (hidden.reshape(-1, TILE_TOKENS, hidden.shape[-1]), targets.reshape(-1, TILE_TOKENS))
-        return lax.map(score_tile, tiles).reshape(-1)
+        by_tile = [columns[name].reshape(-1, TILE_TOKENS) for name in ("targets", "top_logprobs")]
+        tiles = (hidden.reshape(-1, TILE_TOKENS, hidden.shape[-1]), *by_tile)
+        own, others = lax.map(score_tile, tiles)
+        return own.reshape(tokens, -1), others.reshape(tokens, -1)
 
     weights = tuple(parameter.partition for parameter in spec.head.parameters)
+    outputs = (_REPLICATED, _REPLICATED)
     return jax.shard_map(
-        rank_step, mesh=mesh, in_specs=(weights, _REPLICATED, _REPLICATED), out_specs=_REPLICATED, check_vma=False
+        rank_step, mesh=mesh, in_specs=(weights, _REPLICATED, _REPLICATED), out_specs=outputs, check_vma=False
     )
 
 

@@ -51,6 +51,7 @@ class Tokenizer:
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._token_bytes = TokenBytes(tokenizer)
+        self._token_texts: dict[int, str] = {}
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -90,6 +91,21 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """What a token adds in the middle of a text, as decoders strip the space of a first word.
+
+        Special tokens are written out; a part of a character is U+FFFD, an id without a token nothing.
+        """
+        if token_id not in self._token_texts:
+            once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+            self._token_texts[token_id] = twice[len(once) :] if twice.startswith(once) else once
+        return self._token_texts[token_id]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of :meth:`token_text`, or those of the part of a character that a token is."""
+        text = self.token_text(token_id)
+        return self._token_bytes.of(token_id) if "\ufffd" in text else text.encode("utf-8")
 
     def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text before that of a :meth:`stream` with this prompt: all but a character that it leaves unfinished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -95,6 +96,8 @@ async def _collect(state: ServerState, job: Job, formatter: Formatter) -> Answer
         async for index, delta in stream:
             outcomes[index].add(delta)
             tally.add(index, delta)
+    if any(outcome.prompt_logprobs for outcome in outcomes):  # thousands of tokens' texts
+        return await asyncio.to_thread(formatter.whole, outcomes, tally.usage())
     return formatter.whole(outcomes, tally.usage())
 
 

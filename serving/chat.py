@@ -12,7 +12,7 @@ from fly_jax.outputs import RequestDelta, TokenLogprob
 from serving.answer import answer, make_job
 from serving.engine_client import TokenizerClient
 from serving.generation import Job, Outcome
-from serving.logprobs import chat_logprobs
+from serving.logprobs import TokenNames, chat_logprobs, prompt_logprob_maps
 from serving.prompts import encode_chat
 from serving.protocol import ChatCompletionRequest
 from serving.responses import (
@@ -50,7 +50,7 @@ class ChatFormatter:
     def __init__(self, job: Job, body: ChatCompletionRequest, tokenizer: TokenizerClient) -> None:
         self._job = job
         self._body = body
-        self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer, as_ids=body.return_tokens_as_token_ids is True)
 
     def opening(self) -> Sequence[ChatCompletionChunk]:
         """Who speaks, for each choice, before anything is said."""
@@ -91,9 +91,13 @@ class ChatFormatter:
             for index, outcome in enumerate(outcomes)
         ]
         job = self._job
-        return ChatCompletion(
+        completion = ChatCompletion(
             id=job.id, object="chat.completion", created=job.created, model=job.model, choices=choices, usage=usage
         )
+        scores = outcomes[0].prompt_logprobs  # all choices have one prompt
+        if scores is not None:
+            completion.prompt_logprobs = prompt_logprob_maps(self._names, scores, self._body.prompt_logprobs or 0)
+        return completion
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         job = self._job
@@ -104,4 +108,4 @@ class ChatFormatter:
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        return chat_logprobs(self._tokenizer, entries, self._body.top_logprobs or 0)
+        return chat_logprobs(self._names, entries, self._body.top_logprobs or 0)

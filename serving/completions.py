@@ -12,7 +12,7 @@ from fly_jax.outputs import RequestDelta
 from serving.answer import answer, make_job
 from serving.engine_client import TokenizerClient
 from serving.generation import Job, Outcome, SubRequest
-from serving.logprobs import CompletionLogprobWriter, finite, token_text
+from serving.logprobs import CompletionLogprobWriter, TokenNames, prompt_logprob_maps
 from serving.prompts import encode_prompts
 from serving.protocol import CompletionRequest
 from serving.responses import Completion, CompletionChoice, Usage
@@ -40,7 +40,7 @@ class ChoiceWriter:
         self._sub = sub
         self._tokenizer = tokenizer
         self._owes_echo = bool(body.echo)
-        self._logprobs = None if body.logprobs is None else self._logprob_writer(body.logprobs)
+        self._logprobs = None if body.logprobs is None else self._logprob_writer(body)
 
     @property
     def owes_echo(self) -> bool:
@@ -62,9 +62,10 @@ class ChoiceWriter:
             stop_reason=part.stop_reason,
         )
 
-    def _logprob_writer(self, top: int) -> CompletionLogprobWriter:
+    def _logprob_writer(self, body: CompletionRequest) -> CompletionLogprobWriter:
+        names = TokenNames(self._tokenizer, as_ids=body.return_tokens_as_token_ids is True)
         skip = self._sub.params.skip_special_tokens
-        return CompletionLogprobWriter(self._tokenizer, top, self._sub.prompt.token_ids, skip_special_tokens=skip)
+        return CompletionLogprobWriter(names, body.logprobs or 0, self._sub.prompt.token_ids, skip_special_tokens=skip)
 
     def _echo(self, part: RequestDelta | Outcome) -> str:
         text = self._prompt_text()
@@ -106,8 +107,10 @@ class CompletionFormatter:
     def whole(self, outcomes: Sequence[Outcome], usage: Usage) -> Completion:
         choices = [writer.choice(outcome) for writer, outcome in zip(self._writers, outcomes, strict=True)]
         if self._body.prompt_logprobs is not None:
-            for choice, sub, outcome in zip(choices, self._job.subs, outcomes, strict=True):
-                choice.prompt_logprobs = self._prompt_logprobs(sub, outcome)
+            names = TokenNames(self._tokenizer, as_ids=False)
+            for choice, outcome in zip(choices, outcomes, strict=True):
+                assert outcome.prompt_logprobs is not None
+                choice.prompt_logprobs = prompt_logprob_maps(names, outcome.prompt_logprobs, self._body.prompt_logprobs)
         return self._completion(choices, usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
@@ -118,17 +121,3 @@ class CompletionFormatter:
         if usage is not None:
             completion.usage = usage
         return completion
-
-    def _prompt_logprobs(self, sub: SubRequest, outcome: Outcome) -> list[dict[str, object] | None]:
-        """vLLM's shape: null for the first token, then a map from the token's id."""
-        later = zip(sub.prompt.token_ids[1:], outcome.prompt_logprobs or (), strict=True)
-        return [None] + [
-            {
-                str(token): {
-                    "logprob": finite(logprob),
-                    "rank": None,
-                    "decoded_token": token_text(self._tokenizer, token),
-                }
-            }
-            for token, logprob in later
-        ]

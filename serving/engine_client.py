@@ -42,6 +42,12 @@ class TokenizerClient(Protocol):
         """For the text of tokens that follow a prompt."""
         ...
 
+    def token_text(self, token_id: int, /) -> str:
+        """What one token adds in the middle of a text, special tokens written out."""
+        ...
+
+    def token_bytes(self, token_id: int, /) -> bytes: ...
+
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from fly_jax.errors import InvalidRequestError, RequestFailedError
 from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
+from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.sampling_params import MAX_SEED, SamplingParams
 from serving.engine_client import EngineClient
 from serving.metrics import ServerMetrics
@@ -59,14 +60,14 @@ class Outcome:
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
     def add(self, delta: RequestDelta) -> None:
         self.text += delta.text
         self.logprobs.extend(delta.logprobs)
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.prompt_logprobs = delta.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = self.stop_reason if delta.stop_reason is None else delta.stop_reason
 

@@ -1,4 +1,4 @@
-"""Log-probabilities in the two shapes that OpenAI has for them."""
+"""Log-probabilities in the shapes that OpenAI and vLLM have for them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,49 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fly_jax.outputs import TokenLogprob
+from fly_jax.prompt_logprobs import PromptLogprobs
 from serving.engine_client import TokenizerClient
 from serving.responses import ChatLogprobs, CompletionLogprobs, TokenLogprobInfo, TopLogprob
 
 # JSON has no infinity; OpenAI and vLLM write this for a token that cannot be.
 MIN_LOGPROB = -9999.0
 
+PromptLogprobMaps = list[dict[str, dict[str, Any]] | None]
+
 
 def finite(logprob: float) -> float:
-    """NaN becomes the least value too: comparing with it is false."""
-    return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
+    return max(logprob, MIN_LOGPROB)
 
 
-def token_text(tokenizer: TokenizerClient, token_id: int) -> str:
-    """A token alone; one that is part of a character shows as U+FFFD."""
-    return tokenizer.decode([token_id], skip_special_tokens=False)
+class TokenNames:
+    """How tokens are written in an answer.
+
+    Args:
+        as_ids: all of them as ``token_id:5`` (vLLM's ``return_tokens_as_token_ids``).
+    """
+
+    def __init__(self, tokenizer: TokenizerClient, *, as_ids: bool) -> None:
+        self.tokenizer, self._as_ids = tokenizer, as_ids
+
+    def name(self, token_id: int) -> str:
+        """Its text inside a text; one that is part of a character shows as U+FFFD."""
+        return self.id_form(token_id) if self._as_ids else self.tokenizer.token_text(token_id)
+
+    def text(self, token_id: int) -> str:
+        return self.tokenizer.token_text(token_id)
+
+    def bytes(self, token_id: int) -> list[int]:
+        """The token's own, also where it is only part of a character."""
+        return list(self.tokenizer.token_bytes(token_id))
+
+    @staticmethod
+    def id_form(token_id: int) -> str:
+        return f"token_id:{token_id}"
 
 
-def chat_logprobs(tokenizer: TokenizerClient, entries: Iterable[TokenLogprob], top: int) -> ChatLogprobs:
+def chat_logprobs(names: TokenNames, entries: Iterable[TokenLogprob], top: int) -> ChatLogprobs:
     def info(token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(tokenizer, token_id)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode("utf-8"))}
+        return {"token": names.name(token_id), "logprob": finite(logprob), "bytes": names.bytes(token_id)}
 
     content = [
         TokenLogprobInfo(
@@ -37,6 +59,23 @@ def chat_logprobs(tokenizer: TokenizerClient, entries: Iterable[TokenLogprob], t
     return ChatLogprobs(content=content)
 
 
+def prompt_logprob_maps(names: TokenNames, logprobs: PromptLogprobs, top: int) -> PromptLogprobMaps:
+    """vLLM's ``prompt_logprobs``: null for the first token, then maps from ids, the token's own first.
+
+    Ranks count from 1; an alternative's is its place among them.
+    """
+
+    def entry_of(entry: TokenLogprob) -> dict[str, dict[str, Any]]:
+        alternatives = {token: (logprob, place) for place, (token, logprob) in enumerate(entry.top[:top], start=1)}
+        found = {entry.token_id: (entry.logprob, entry.rank), **alternatives}
+        return {
+            str(token): {"logprob": finite(logprob), "rank": rank, "decoded_token": names.text(token)}
+            for token, (logprob, rank) in found.items()
+        }
+
+    return [None, *map(entry_of, logprobs)]
+
+
 class CompletionLogprobWriter:
     """Collects one choice's tokens; text offsets go on from one chunk to the next.
 
@@ -44,14 +83,12 @@ class CompletionLogprobWriter:
     there, and each token of a character is where the character begins.
     """
 
-    def __init__(
-        self, tokenizer: TokenizerClient, top: int, prompt_ids: Sequence[int], *, skip_special_tokens: bool
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, names: TokenNames, top: int, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._names = names
         self._top = top
         self._prompt_ids = prompt_ids
         self._skip = skip_special_tokens
-        self._stream = tokenizer.stream(skip_special_tokens, prompt_ids)
+        self._stream = names.tokenizer.stream(skip_special_tokens, prompt_ids)
         self._offset = 0
         self._out = self._empty()
 
@@ -59,21 +96,18 @@ class CompletionLogprobWriter:
         """The choice's text begins with this many characters of the prompt."""
         self._offset = offset
 
-    def add_prompt(self, logprobs: Sequence[float]) -> None:
-        """An echoed prompt: nothing comes before its first token, so that has no log-probability.
-
-        The engine reports the token's own log-probability only, so that is all ``top_logprobs`` holds.
-        """
-        stream, offset = self._tokenizer.stream(self._skip), 0
-        for token_id, logprob in zip(self._prompt_ids, [None, *logprobs], strict=True):
-            text = token_text(self._tokenizer, token_id)
-            self._append(text, offset, logprob, None if logprob is None else {text: finite(logprob)})
-            offset += len(stream.push(token_id))
+    def add_prompt(self, logprobs: PromptLogprobs) -> None:
+        """An echoed prompt: nothing comes before its first token, so that has no log-probability."""
+        stream = self._names.tokenizer.stream(self._skip)
+        self._append(self._prompt_ids[0], 0, None, None)
+        offset = len(stream.push(self._prompt_ids[0]))
+        for entry in logprobs:
+            self._append(entry.token_id, offset, entry.logprob, self._alternatives(entry))
+            offset += len(stream.push(entry.token_id))
 
     def add(self, entries: Iterable[TokenLogprob]) -> None:
         for entry in entries:
-            text = token_text(self._tokenizer, entry.token_id)
-            self._append(text, self._offset, entry.logprob, self._alternatives(entry, text))
+            self._append(entry.token_id, self._offset, entry.logprob, self._alternatives(entry))
             self._offset += len(self._stream.push(entry.token_id))
 
     def take(self) -> CompletionLogprobs:
@@ -81,16 +115,20 @@ class CompletionLogprobWriter:
         taken, self._out = self._out, self._empty()
         return taken
 
-    def _alternatives(self, entry: TokenLogprob, text: str) -> dict[str, float]:
-        """Most likely first, and always the token itself; of two tokens that look alike the likelier one stays."""
+    def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:
+        """Most likely first, and always the token itself, under its text; others of the same text go by their ids."""
+        own = self._names.name(entry.token_id)
         found: dict[str, float] = {}
         for token_id, logprob in entry.top[: self._top]:
-            found.setdefault(token_text(self._tokenizer, token_id), finite(logprob))
-        found.setdefault(text, finite(entry.logprob))
+            name = self._names.name(token_id)
+            if token_id != entry.token_id and (name == own or name in found):
+                name = self._names.id_form(token_id)
+            found[name] = finite(logprob)
+        found.setdefault(own, finite(entry.logprob))
         return found
 
-    def _append(self, text: str, offset: int, logprob: float | None, top: dict[str, float] | None) -> None:
-        self._out.tokens.append(text)
+    def _append(self, token_id: int, offset: int, logprob: float | None, top: dict[str, float] | None) -> None:
+        self._out.tokens.append(self._names.name(token_id))
         self._out.token_logprobs.append(None if logprob is None else finite(logprob))
         self._out.top_logprobs.append(top)
         self._out.text_offset.append(offset)

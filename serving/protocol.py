@@ -87,6 +87,8 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     min_tokens: Int64 | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: TopLogprobs | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: Int64 | None = None
     tensor_parallel_size: Int64 | None = None
     stream: bool | None = None
@@ -98,6 +100,13 @@ class GenerationBody(Body):
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and self.stream_options.model_fields_set and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+        return self
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            reason = "prompt_logprobs is not available with stream: true; leave one of them out"
+            raise InvalidRequestError(reason, param="prompt_logprobs")
         return self
 
     @property
@@ -114,7 +123,7 @@ class GenerationBody(Body):
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def _sampling(
-        self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False
+        self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         return SamplingParams(
             max_tokens=defaults.capped(max_tokens),
@@ -142,22 +151,8 @@ class CompletionRequest(GenerationBody):
 
     prompt: PromptsField
     logprobs: TopLogprobs | None = None
-    prompt_logprobs: Integer | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_prompt_logprobs(self) -> Self:
-        """The engine reports each prompt token's own log-probability, so a request for alternatives is refused."""
-        if self.prompt_logprobs not in (None, 0):
-            reason = (
-                "prompt_logprobs must be 0 (each prompt token's own log-probability); alternatives are not supported"
-            )
-            raise InvalidRequestError(reason, param="prompt_logprobs")
-        if self.prompt_logprobs is not None and self.stream:
-            reason = "prompt_logprobs is not available with stream: true; use echo with logprobs"
-            raise InvalidRequestError(reason, param="prompt_logprobs")
-        return self
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -178,8 +173,14 @@ class CompletionRequest(GenerationBody):
             defaults,
             max_tokens=1 if self.only_prompt else _given(self.max_tokens, DEFAULT_COMPLETION_TOKENS),
             logprobs=self.logprobs,
-            prompt_logprobs=self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None),
+            prompt_logprobs=self._scored,
         )
+
+    @property
+    def _scored(self) -> int | None:
+        """Alternatives of the prompt's tokens, for ``prompt_logprobs`` and for an echo with log-probabilities."""
+        wanted = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in wanted if count is not None), default=None)
 
 
 class ChatMessage(BaseModel):
@@ -237,6 +238,7 @@ class ChatCompletionRequest(GenerationBody):
             defaults,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

@@ -33,7 +33,7 @@ def small_llm(folder: Path, **options: Any) -> LLM:
 def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[int]) -> np.ndarray:
     """Teacher-forced log-probabilities through one group's prefill programs alone, float32 ``[len(token_ids) - 1]``."""
     manager = KVCacheManager(runner.shapes.kv, len(runner.meshes.devices), runner.meshes.base_tp)
-    request = Request("score", tuple(token_ids), SamplingParams(prompt_logprobs=True), limit=1, seed=0, arrival=0.0)
+    request = Request("score", tuple(token_ids), SamplingParams(prompt_logprobs=0), limit=1, seed=0, arrival=0.0)
     request.table = manager.new_table(group)
     assert manager.grow(request.table, len(token_ids))
     scores: list[float] = []
@@ -42,7 +42,8 @@ def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[
         count = min(chunk, len(token_ids) - 1 - start)
         row = ScheduledRow(request, start, count, samples=False, scores=True, slot=0)
         (result,) = runner.harvest(runner.launch(StepPlan(group, (), (row,))))
-        scores.extend(result.scores)
+        assert result.scores is not None
+        scores.extend(result.scores.logprobs)
     return np.asarray(scores, np.float32)
 
 

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fly_jax.kv_cache import KVCacheManager, KVCacheSpec
 from fly_jax.layout import DeviceGroup
+from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.request import Request
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.tokenizer import Tokenizer
@@ -38,6 +41,12 @@ def make_request(
         priority=priority,
         order=order,
     )
+
+
+def own_logprobs(token_ids: Sequence[int], logprobs: Sequence[float]) -> PromptLogprobs:
+    """Of prompt tokens whose alternatives nobody asked for; each has rank 1."""
+    ids, values = np.asarray(token_ids, np.int32), np.asarray(logprobs, np.float32)
+    return PromptLogprobs(ids, values, np.ones_like(ids), ids[:, None][:, :0], values[:, None][:, :0])
 
 
 def nothing_to_reclaim(group: DeviceGroup) -> bool:  # noqa: ARG001  the shape of a scheduler's callback

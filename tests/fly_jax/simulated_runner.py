@@ -25,6 +25,7 @@ from fly_jax.outputs import SwitchStrategy, TokenLogprob
 from fly_jax.relayout_plan import HeadSplits, PackedRelayout, SlabMove, SlabPlace, exchange_rounds
 from fly_jax.request import Request
 from fly_jax.runner import RowResult
+from tests.fly_jax.builders import own_logprobs
 
 VOCABULARY = 64
 EOS = 0
@@ -191,10 +192,10 @@ class SimulatedRunner:
 
 def _result(row: ScheduledRow, context: list[int]) -> RowResult:
     prompt = row.request.prompt_ids
-    scores: tuple[float, ...] = ()
+    scores = None
     if row.scores:
-        end = min(row.start + row.count, len(prompt) - 1)
-        scores = tuple(prompt_score(prompt[: position + 2]) for position in range(row.start, end))
+        follow = prompt[row.start + 1 : row.start + row.count + 1]
+        scores = own_logprobs(follow, [prompt_score(prompt[: row.start + 2 + index]) for index in range(len(follow))])
     token = TokenLogprob(next_token(context), -1.0) if row.samples else None
     return RowResult(row, token, scores)
 

@@ -22,7 +22,7 @@ from tests.support import small_config
 from tests.tiny_models import CASES, random_token_ids, write_model
 
 PROMPTS = {f"r{length}": random_token_ids(length, 256, seed=length) for length in (3, 17, 60)}
-PARAMS = SamplingParams(max_tokens=18, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=True)
+PARAMS = SamplingParams(max_tokens=18, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
 
 
 def log_probabilities(folder: Path, attention_backend: str, layouts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -39,7 +39,7 @@ def log_probabilities(folder: Path, attention_backend: str, layouts: Sequence[st
             engine.begin_switch(to_come.pop(0), SwitchStrategy.MIGRATE)
         for delta in engine.step():
             assert delta.error is None
-            found[delta.request_id] += [*(delta.prompt_logprobs or ()), *(token.logprob for token in delta.logprobs)]
+            found[delta.request_id] += [token.logprob for token in (*(delta.prompt_logprobs or ()), *delta.logprobs)]
     assert not to_come
     assert engine.stats().compiles_after_warmup == 0
     return {name: np.array(values) for name, values in found.items()}

@@ -13,10 +13,11 @@ from fly_jax.batch import (
     chunk_blocks,
     pack_backbone,
     pack_sampling,
-    pack_targets,
+    pack_scoring,
     places,
     sampled_rows,
     sampling_layout,
+    scoring_layout,
     table_width,
 )
 from fly_jax.group_scheduler import TILE_TOKENS, GroupScheduler, ScheduledRow, SchedulerLimits, SlotPool, StepPlan
@@ -171,14 +172,17 @@ def test_a_draw_is_numbered_by_its_output_token_however_the_context_was_computed
 
 
 def test_targets_are_the_tokens_that_follow_in_the_prompt() -> None:
-    scored, other = make_request([5, 6, 7, 8], prompt_logprobs=True), make_request([1, 2, 3])
+    scored, other = make_request([5, 6, 7, 8], prompt_logprobs=3), make_request([1, 2, 3])
     rows = (
         ScheduledRow(scored, 1, 3, samples=True, scores=True, slot=0),
         ScheduledRow(other, 0, 3, samples=True, scores=False, slot=1),
     )
-    targets = pack_targets(StepPlan(DeviceGroup(0, 1), (), rows), 32)
+    packed = pack_scoring(StepPlan(DeviceGroup(0, 1), (), rows), 32)[0]
+    columns = scoring_layout(32).unpack(packed)
+    targets = columns["targets"]
     assert targets[:4].tolist() == [7, 8, 0, 0]
     assert not targets[4:].any()
+    assert columns["top_logprobs"].tolist() == [3, 3] + [0] * 30
 
 
 @given(

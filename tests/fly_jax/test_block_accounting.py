@@ -51,7 +51,7 @@ class EngineMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 60).flatmap(lambda n: st.binary(min_size=n, max_size=n)).map(_prompt),
         max_tokens=st.integers(1, 60) | st.none(),
         ignore_eos=st.booleans(),
-        prompt_logprobs=st.booleans(),
+        prompt_logprobs=st.sampled_from((None, 0)),
         priority=st.sampled_from((0, 0, 0, -1, 1)),
         width=st.sampled_from((None, None, None, 1, 2, 4)),
     )
@@ -72,7 +72,7 @@ class EngineMachine(RuleBasedStateMachine):
                 [1 + i] * prompt_tokens,
                 max_tokens=max_tokens,
                 ignore_eos=True,
-                prompt_logprobs=i == 0,
+                prompt_logprobs=0 if i == 0 else None,
                 priority=priority,
             )
 

@@ -115,7 +115,7 @@ def test_nothing_compiles_and_no_block_leaks_over_every_bucket_and_layout(llm: L
     for layout in LAYOUTS:
         llm.switch(layout)
         for batch in (1, 12, 40):
-            params = replace(GREEDY, max_tokens=3, prompt_logprobs=batch == 12)
+            params = replace(GREEDY, max_tokens=3, prompt_logprobs={1: None, 12: 0, 40: 2}[batch])
             llm.generate([prompts()[index % len(PROMPT_LENGTHS)] for index in range(batch)], params)
     stats = llm.stats()
     assert stats.compiles_after_warmup == 0
@@ -144,6 +144,62 @@ def test_alternatives_are_ordered_and_hold_the_greedy_token(llm: LLM) -> None:
         assert len(token.top) == 5
         assert token.top[0] == (token.token_id, pytest.approx(token.logprob))
         assert [value for _, value in token.top] == sorted((value for _, value in token.top), reverse=True)
+
+
+@pytest.mark.parametrize("layout", ["1+1+1+1", "2+2", "4"])
+def test_prompt_alternatives_are_those_that_each_place_gives_when_it_is_the_last(llm: LLM, layout: str) -> None:
+    """The oracle is the generating path: the same prefix as a prompt, and the alternatives of its first token."""
+    llm.switch(layout)
+    prompt = random_token_ids(200, 256, seed=3)  # more than one chunk
+    ends = (1, 15, 16, 17, 100, 191, 192, 193, 199)
+    scored, *generated = llm.generate(
+        [prompt, *(prompt[:end] for end in ends)],
+        [replace(GREEDY, max_tokens=1, prompt_logprobs=5), *[replace(GREEDY, max_tokens=1, logprobs=20)] * len(ends)],
+    )
+    assert scored.prompt_logprobs is not None
+    entries = list(scored.prompt_logprobs)
+    assert [entry.token_id for entry in entries] == prompt[1:]
+    np.testing.assert_allclose([entry.logprob for entry in entries], llm.score(prompt), atol=2e-4, rtol=0)
+    for end, output in zip(ends, generated, strict=True):
+        entry, (expected,) = entries[end - 1], output.logprobs
+        assert len(entry.top) == 5
+        assert [token for token, _ in entry.top] == [token for token, _ in expected.top[:5]]
+        np.testing.assert_allclose([v for _, v in entry.top], [v for _, v in expected.top[:5]], atol=2e-4, rtol=0)
+        likely = [token for token, _ in expected.top]
+        if prompt[end] in likely:
+            assert entry.rank == likely.index(prompt[end]) + 1
+        else:
+            assert entry.rank is not None
+            assert entry.rank > 20
+    assert llm.stats().compiles_after_warmup == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_min_tokens_masks_end_and_stop_tokens_while_steps_overlap(folder: Path, llm: LLM, overlap: bool) -> None:
+    """The fifth greedy token, made a stop token: it comes no more before ``min_tokens`` others, and may come then."""
+    prompt = prompts()[1]
+    (free,) = llm.generate(prompt, GREEDY)
+    stop = free.token_ids[4]
+    stopped = replace(GREEDY, stop_token_ids=(stop,), logprobs=20, max_tokens=12)
+    with small_llm(folder, layouts=("2+1+1",), overlap=overlap, max_num_seqs=2) as other:
+        (short,) = other.generate(prompt, stopped)
+        long, *_ = other.generate([prompt] * 5, replace(stopped, min_tokens=10))
+    assert (short.stop_reason, len(short.token_ids)) == (stop, free.token_ids.index(stop) + 1)
+    assert stop not in long.token_ids[:10]
+    assert len(long.token_ids) > 10
+    # Log-probabilities are the model's own, so the masked token leads them, and the one sampled comes after it.
+    place = free.token_ids.index(stop)
+    masked = long.logprobs[place]
+    assert long.token_ids[:place] == free.token_ids[:place]
+    assert masked.top[0][0] == stop
+    assert masked.token_id == masked.top[1][0]
+    assert masked.logprob == pytest.approx(masked.top[1][1])
+
+
+def test_more_stop_tokens_than_min_tokens_can_mask_are_refused(llm: LLM) -> None:
+    params = replace(GREEDY, min_tokens=1, stop_token_ids=tuple(range(40)))
+    with pytest.raises(InvalidRequestError, match="min_tokens can mask 32 end and stop tokens, got 42"):
+        llm.generate([[5, 6]], params)
 
 
 def test_a_full_pool_preempts_and_still_gives_the_right_tokens(folder: Path, llm: LLM) -> None:

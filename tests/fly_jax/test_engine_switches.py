@@ -61,7 +61,7 @@ class Server:
                 logprobs=0,
             )
             self.send(f"r{index}", random_token_ids(length, 256, seed=length), params)
-        scored = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=True)
+        scored = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
         self.send("scored", SCORED, scored)
 
     def step(self, times: int = 1) -> None:
@@ -72,7 +72,7 @@ class Server:
                 output.token_ids += delta.token_ids
                 output.logprobs += [token.logprob for token in delta.logprobs]
                 if delta.prompt_logprobs is not None:
-                    output.prompt_logprobs = delta.prompt_logprobs
+                    output.prompt_logprobs = delta.prompt_logprobs.logprobs.tolist()
 
     def switch(self, layout: str, strategy: SwitchStrategy) -> None:
         ticket = self.engine.begin_switch(layout, strategy)
@@ -212,7 +212,7 @@ def test_likelihoods_on_every_group_are_those_of_the_first_layout_after_switches
     for layout in ("2+2", "4", "2+1+1", "1+1+1+1"):
         server.switch(layout, SwitchStrategy.MIGRATE)
         names = [f"{layout} {index}" for index in range(4)]
-        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=True)
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
         for name in names:
             server.send(name, SCORED, params)
         server.finish()

@@ -114,7 +114,7 @@ def test_a_second_step_is_launched_before_the_first_ones_token_is_known() -> Non
 
 def test_a_prompt_to_be_scored_goes_through_prefill_rows_to_its_last_token() -> None:
     group = Group(make_kv(), tokens=32)
-    group.admit(make_request(17, name="a", prompt_logprobs=True), make_request(1, name="b"))
+    group.admit(make_request(17, name="a", prompt_logprobs=0), make_request(1, name="b"))
     plans = [group.run() for _ in range(2)]
     assert [spans(plan.decodes) for plan in plans] == [[("b", 0, 1, True)], [("b", 1, 1, True)]]
     assert [spans(plan.prefills) for plan in plans] == [[("a", 0, 16, False)], [("a", 16, 1, True)]]

@@ -12,7 +12,7 @@ from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
 from fly_jax.request import Request
 from fly_jax.stop_strings import StopMatcher
 from fly_jax.tokenizer import Tokenizer
-from tests.fly_jax.builders import make_request, make_tokenizer
+from tests.fly_jax.builders import make_request, make_tokenizer, own_logprobs
 from tests.tiny_models import EOS_ID, IM_END_ID, IM_START_ID
 
 letters = st.text(alphabet="ab", max_size=12)
@@ -181,10 +181,11 @@ def test_logprobs_come_with_each_token_only_when_asked_for(processor: OutputProc
 
 
 def test_prompt_logprobs_come_once_with_the_first_delta(processor: OutputProcessor) -> None:
-    request = make_request([1, 2, 3], prompt_logprobs=True, max_tokens=2)
-    request.prompt_logprobs = [-1.0, -2.0]
+    request = make_request([1, 2, 3], prompt_logprobs=0, max_tokens=2)
+    request.prompt_logprobs = [own_logprobs([2], [-1.0]), own_logprobs([3], [-2.0])]
     first, second = push_all(processor, request, byte_tokens("ab"))
-    assert first.prompt_logprobs == (-1.0, -2.0)
+    assert first.prompt_logprobs is not None
+    assert list(first.prompt_logprobs) == [TokenLogprob(2, -1.0, (), 1), TokenLogprob(3, -2.0, (), 1)]
     assert second.prompt_logprobs is None
     assert push_all(processor, make_request(name="other"), byte_tokens("a"))[0].prompt_logprobs is None
 

@@ -238,6 +238,23 @@ def test_a_mask_leaves_the_draws_of_what_remains_as_they_were() -> None:
         assert sample(LOGITS[:1], [masked]) == sample(unlikely, [make_row(draw)])
 
 
+def test_scores_of_prompt_tokens_are_those_of_a_plain_log_softmax() -> None:
+    """Rank as in vLLM: how many tokens are at least as likely, the token itself included."""
+    targets = np.array([0, 5, 31, 7, 8, 9, 10, int(LOGITS[7].argmax())], np.int32)
+    own, others = map(np.asarray, jax.jit(sampling.scores)(LOGITS, targets, np.full(ROWS, 4, np.int32)))
+    exact = LOGITS.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    chosen = exact[np.arange(ROWS), targets]
+    np.testing.assert_allclose(own.view(np.float32)[:, 0], chosen, atol=1e-5)
+    np.testing.assert_array_equal(own[:, 1], (exact >= chosen[:, None]).sum(axis=-1))
+    assert own[7, 1] == 1
+    order = np.argsort(-exact, axis=-1)[:, :MAX_LOGPROBS]
+    np.testing.assert_array_equal(others[:, :MAX_LOGPROBS], order)
+    values = others.view(np.float32)[:, MAX_LOGPROBS:]
+    np.testing.assert_allclose(values, np.take_along_axis(exact, order, axis=-1), atol=1e-5)
+    assert values[7, 0] == own.view(np.float32)[7, 0]  # bit for bit: lm_eval compares them
+
+
 @cache
 def compiled_results() -> Any:
     return jax.jit(results)

@@ -117,9 +117,13 @@ class Storm:
     def _send(self, tokens: int, **params: Any) -> None:
         prompt = [self.random.randrange(1, VOCABULARY) for _ in range(tokens)]
         max_tokens = self.random.choice((1, 20, 60, 100, None))
-        scored = self.random.random() < 0.1
+        scored = 0 if self.random.random() < 0.1 else None
         request = self.traffic.add(
-            prompt, max_tokens=max_tokens, ignore_eos=self.random.random() < 0.8, prompt_logprobs=scored, **params
+            prompt,
+            max_tokens=max_tokens,
+            ignore_eos=self.random.random() < 0.8,
+            prompt_logprobs=scored,
+            **params,
         )
         print("add", request and request.request_id, tokens, max_tokens, params)
 

@@ -47,7 +47,7 @@ class Task:
 class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    prompt_logprobs: tuple[float, ...] = ()
+    prompt_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def add(self, delta: RequestDelta) -> None:
@@ -55,14 +55,17 @@ class Answer:
         assert self.finish_reason is None, "a delta after the last one"
         self.tokens += delta.token_ids
         self.logprobs += [token.logprob for token in delta.logprobs]
-        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs.logprobs.tolist()
         self.finish_reason = delta.finish_reason
 
 
 def make_task(index: int, length: int) -> Task:
     """Every other one is sampled, with a seed of its own; every fifth is scored."""
     sampled: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": index} if index % 2 else {"temperature": 0.0}
-    params = SamplingParams(max_tokens=120, ignore_eos=True, logprobs=0, prompt_logprobs=index % 5 == 0, **sampled)
+    params = SamplingParams(
+        max_tokens=120, ignore_eos=True, logprobs=0, prompt_logprobs=None if index % 5 else 0, **sampled
+    )
     return Task(tuple(random_token_ids(length, 256, seed=index)), params)
 
 

@@ -412,9 +412,10 @@ class Traffic:
             assert len(outputs) == request.max_tokens
         else:
             assert request.finish_reason is FinishReason.ABORT
-        if request.params.prompt_logprobs and outputs:
+        if request.params.prompt_logprobs is not None and outputs:
             prompt = request.prompt_ids
-            assert request.prompt_logprobs == [prompt_score(prompt[:end]) for end in range(2, len(prompt) + 1)]
+            scores = [value for part in request.prompt_logprobs for value in part.logprobs]
+            assert scores == [prompt_score(prompt[:end]) for end in range(2, len(prompt) + 1)]
 
 
 def _kept(request: Request) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from fly_jax.errors import (
     ConfigError,
     ContextLengthError,
@@ -23,6 +25,7 @@ from fly_jax.errors import (
     QueueFullError,
 )
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy, TokenLogprob
+from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
@@ -67,6 +70,12 @@ class ByteTokenizer:
 
     def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.decode(token_ids, skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < BOS else self.token_text(token_id).encode()
 
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
@@ -198,8 +207,15 @@ class ScriptedEngine:
         if "@die-midway" in prompt and count == 3:
             raise EngineDeadError("the engine has stopped: the device was lost")
 
-    def _prompt_logprobs(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[float, ...] | None:
-        return tuple(map(prompt_logprob, prompt_token_ids[1:])) if params.prompt_logprobs else None
+    def _prompt_logprobs(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> PromptLogprobs | None:
+        """The likeliest token of every place is ``!``, the token itself comes third, ``?`` between them."""
+        if params.prompt_logprobs is None:
+            return None
+        ids = np.asarray(prompt_token_ids[1:], np.int32)
+        top = np.tile(np.array([ord("!"), ord("?")], np.int32), (len(ids), 1))[:, : params.prompt_logprobs]
+        values = np.tile(np.array([-0.125, -0.25], np.float32), (len(ids), 1))[:, : params.prompt_logprobs]
+        own = np.array([prompt_logprob(int(token)) for token in ids], np.float32)
+        return PromptLogprobs(ids, own, np.full(len(ids), 3, np.int32), top, values)
 
     async def abort(self, request_id: str) -> None:
         raise NotImplementedError("the server aborts by closing the stream")

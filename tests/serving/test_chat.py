@@ -145,6 +145,24 @@ def test_logprobs(client: openai.OpenAI, stream: bool) -> None:
     assert [(top.token, top.logprob) for top in content[0].top_logprobs] == [("a", token_logprob(97)), ("b", -9999.0)]
 
 
+def test_bytes_of_a_part_of_a_character_are_the_tokens_own(http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "@say ä"}], "logprobs": True, "top_logprobs": 1}
+    content = http.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in content] == [[0xC3], [0xA4]]
+    assert [entry["top_logprobs"][0]["bytes"] for entry in content] == [[0xC3], [0xA4]]
+    named = http.post("/v1/chat/completions", json=body | {"return_tokens_as_token_ids": True}).json()
+    assert [entry["token"] for entry in named["choices"][0]["logprobs"]["content"]] == ["token_id:195", "token_id:164"]
+
+
+def test_prompt_logprobs(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": HI, "prompt_logprobs": 1}).json()
+    first, *later = answer["prompt_logprobs"]
+    assert first is None
+    assert len(later) == answer["usage"]["prompt_tokens"] - 1
+    assert all(entry["33"] == {"logprob": -0.125, "rank": 1, "decoded_token": "!"} for entry in later)
+    assert "prompt_logprobs" not in http.post("/v1/chat/completions", json={"messages": HI}).json()
+
+
 def test_logprobs_without_alternatives(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json={"messages": HI, "logprobs": True}).json()
     content = answer["choices"][0]["logprobs"]["content"]

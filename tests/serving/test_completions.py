@@ -155,7 +155,8 @@ def test_echo_with_logprobs_scores_the_prompt(http: httpx.Client, stream: bool) 
     assert tokens == ["<s>", *"@say yesy"]
     assert logprobs == [None, *map(prompt_logprob, prompt[1:]), token_logprob(ord("y"))]
     assert tops[0] is None
-    assert all(logprob in top.values() for logprob, top in zip(logprobs[1:], tops[1:], strict=True))
+    # Real alternatives: lm_eval takes a token for greedy where its own log-probability is the greatest here.
+    assert tops[1:-1] == [{"!": -0.125, token: prompt_logprob(ord(token))} for token in "@say yes"]
     assert offsets == [0, *range(9)]  # <s> is not in the text
 
 
@@ -195,12 +196,50 @@ def test_echo_of_nothing_but_the_prompt(http: httpx.Client, stream: bool) -> Non
 
 
 def test_prompt_logprobs_field(http: httpx.Client) -> None:
-    [choice] = http.post("/v1/completions", json={"prompt": "ab", "prompt_logprobs": 0}).json()["choices"]
+    [choice] = http.post("/v1/completions", json={"prompt": "a!", "prompt_logprobs": 0}).json()["choices"]
     assert choice["prompt_logprobs"] == [
         None,
-        {"97": {"logprob": prompt_logprob(97), "rank": None, "decoded_token": "a"}},
-        {"98": {"logprob": prompt_logprob(98), "rank": None, "decoded_token": "b"}},
+        {"97": {"logprob": prompt_logprob(97), "rank": 3, "decoded_token": "a"}},
+        {"33": {"logprob": prompt_logprob(33), "rank": 3, "decoded_token": "!"}},
     ]
+
+
+def test_prompt_logprobs_with_alternatives_have_vllms_form(http: httpx.Client) -> None:
+    body = {"prompt": "a!", "prompt_logprobs": 2, "echo": True, "logprobs": 1}
+    [choice] = http.post("/v1/completions", json=body).json()["choices"]
+    best, second = ({"logprob": value, "rank": rank} for value, rank in ((-0.125, 1), (-0.25, 2)))
+    first, last = choice["prompt_logprobs"][1:]
+    assert list(first.items()) == [
+        ("97", {"logprob": prompt_logprob(97), "rank": 3, "decoded_token": "a"}),
+        ("33", {**best, "decoded_token": "!"}),
+        ("63", {**second, "decoded_token": "?"}),
+    ]
+    assert last == {"33": {**best, "decoded_token": "!"}, "63": {**second, "decoded_token": "?"}}
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:3]] == [2, 1]  # logprobs' own count
+
+
+def test_prompt_logprobs_cannot_be_streamed(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "a", "prompt_logprobs": 1, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
+def test_tokens_of_the_same_text_have_distinct_keys(http: httpx.Client) -> None:
+    """Bytes of a character all look like U+FFFD: the token's own has that key, its twins those of their ids."""
+    body = {"prompt": "@say ä", "logprobs": 3, "max_tokens": 1}
+    [choice] = http.post("/v1/completions", json=body).json()["choices"]
+    found = choice["logprobs"]
+    assert found["tokens"] == ["\ufffd"]
+    own = token_logprob(0xC3)
+    assert found["top_logprobs"] == [{"\ufffd": own, "token_id:196": own - 1, "token_id:197": -9999.0}]
+
+
+def test_tokens_as_token_ids(http: httpx.Client) -> None:
+    body = {"prompt": "@say ab", "logprobs": 2, "return_tokens_as_token_ids": True}
+    [choice] = http.post("/v1/completions", json=body).json()["choices"]
+    found = choice["logprobs"]
+    assert found["tokens"] == ["token_id:97", "token_id:98"]
+    assert list(found["top_logprobs"][0]) == ["token_id:97", "token_id:98"]
+    assert found["text_offset"] == [0, 1]
 
 
 def test_a_prompt_without_special_tokens(http: httpx.Client) -> None:

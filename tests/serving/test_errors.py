@@ -38,7 +38,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ("seed", 2**63), ("stop", 5), ("stop", [""]), ("stop", ""), ("stop", ["a"] * 65), ("stop", "x" * 2000),
         ("stop", ["\udfff"]), ("stop", [None]), ("stop_token_ids", [258]), ("stop_token_ids", [-1]),
         ("stop_token_ids", "x"), ("stop_token_ids", [1] * 2000), ("min_tokens", -1), ("min_tokens", 17),
-        ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 1), ("prompt_logprobs", -1), ("stream", "perhaps"),
+        ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("stream", "perhaps"),
         ("stream_options", {"include_usage": True}), ("stop", ["x" * 1024] * 17),
         ("temperature", True), ("top_p", True), ("min_p", False),
         ("frequency_penalty", False), ("presence_penalty", False), ("best_of", True), ("length_penalty", True),
