@@ -27,7 +27,7 @@ _ORIGIN = frozenset({
     "problem_type", "task_specific_params", "prefix", "id2label", "label2id", "num_labels", "is_decoder",
     "is_llama_config", "unsloth_version", "unsloth_fixed", "unsloth_tokenizer", "mlc_version", "optimum_version",
     "transformers.js_config", "neuron", "model_max_length", "max_sequence_length", "tokenizer_model_max_length",
-    "tokenizer_padding_side", "seq_length", "_from_model_config",
+    "tokenizer_padding_side", "seq_length", "_from_model_config", "internal_version",
 })  # fmt: skip
 # Token ids are read from the tokenizer and from generation_config.json; sampling is the request's.
 _GENERATION = frozenset({
