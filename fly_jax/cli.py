@@ -21,6 +21,7 @@ from fly_jax.cli_options import (
 from fly_jax.config import EngineConfig
 from fly_jax.errors import ConfigError, FlyJaxError
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
+from fly_jax.vllm_options import add_vllm_options, warn_of_ignored
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -63,6 +64,7 @@ def serve(options: argparse.Namespace) -> int:
     """Binds the port, loads the model, serves until a signal."""
     from serving import ServerOptions, run
 
+    warn_of_ignored(options)
     server = ServerOptions(
         host=options.host,
         port=options.port,
@@ -170,7 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, groups, help_text in (
-        (serve, (add_engine_options, add_serve_options), "serve a model with an OpenAI-compatible API"),
+        (
+            serve,
+            (add_engine_options, add_serve_options, add_vllm_options),
+            "serve a model with an OpenAI-compatible API",
+        ),
         (generate, (add_engine_options, add_generate_options), "complete prompts and exit"),
         (convert, (add_convert_options,), "prepare a Hugging Face folder once, as an Orbax checkpoint"),
         (demo, (add_demo_options,), "send a burst at a server while its layout changes"),
