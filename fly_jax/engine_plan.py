@@ -13,11 +13,11 @@ from checkpoints import PreparedInfo, prepared_info, read_model
 from fly_jax.config import EngineConfig
 from fly_jax.errors import CheckpointError, ConfigError, ModelTooLargeError
 from fly_jax.executables import ProgramShapes
-from fly_jax.generation_config import FILE, MODEL_FILE, generation_folder, read_sampling_defaults
+from fly_jax.generation_config import eos_token_ids, read_sampling_defaults
 from fly_jax.group_scheduler import SchedulerLimits
 from fly_jax.kv_cache import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
-from fly_jax.models.config import ModelConfig, read_json
+from fly_jax.models.config import ModelConfig
 from fly_jax.models.sharding import ModelSpec, model_spec
 from fly_jax.platform import host_memory_bytes, start_devices
 from fly_jax.sampling_params import SamplingDefaults
@@ -95,7 +95,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         base_tp=base_tp,
         attention_backend=_attention_backend(config, devices),
     )
-    eos = _eos_token_ids(folder, generation_folder(config.generation_config, folder), tokenizer.eos_token_id)
+    eos = eos_token_ids(config.generation_config, folder, tokenizer.eos_token_id)
     return EnginePlan(config, model_config, tokenizer, eos, defaults, devices, base_tp, layout, groups, limits, shapes)
 
 
@@ -245,21 +245,3 @@ def fitting_blocks(wanted: int | None, block_bytes: int, memory: int, weights: i
             f"fewer blocks"
         )
     return num_blocks
-
-
-def _eos_token_ids(folder: Path, generation: Path, own: int | None) -> frozenset[int]:
-    """From generation_config.json, else config.json; and the tokenizer's own, as in vLLM.
-
-    Raises:
-        ConfigError: what is there is no token id or list of them.
-    """
-    always = frozenset() if own is None else frozenset({own})
-    for path in (generation / FILE, folder / MODEL_FILE):
-        value = read_json(path).get("eos_token_id") if path.exists() else None
-        if value is None:
-            continue
-        token_ids = value if isinstance(value, list) else [value]
-        if any(type(token_id) is not int for token_id in token_ids):  # isinstance would take booleans
-            raise ConfigError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
-        return frozenset(token_ids) | always
-    return always

@@ -77,6 +77,28 @@ def read_sampling_defaults(choice: str, override: Mapping[str, Any], model: Path
     return defaults
 
 
+def eos_token_ids(choice: str, model: Path, own: int | None) -> frozenset[int]:
+    """What ends a text: ids of generation_config.json, else of config.json; and the tokenizer's own, as in vLLM.
+
+    Args:
+        choice: as of :func:`read_sampling_defaults`; with ``vllm`` the model's own file counts here.
+        own: the tokenizer's end of sequence, if it has one.
+
+    Raises:
+        ConfigError: what is there is no token id or list of them.
+    """
+    always = frozenset() if own is None else frozenset({own})
+    for path in (generation_folder(choice, model) / FILE, model / MODEL_FILE):
+        value = read_json(path).get("eos_token_id") if path.exists() else None
+        if value is None:
+            continue
+        token_ids = value if isinstance(value, list) else [value]
+        if any(type(token_id) is not int for token_id in token_ids):  # isinstance would take booleans
+            raise ConfigError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
+        return frozenset(token_ids) | always
+    return always
+
+
 def _recommended(choice: str, model: Path) -> tuple[Path, dict[str, Any]]:
     """The file that counts and all its fields."""
     path = generation_folder(choice, model) / FILE

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from fly_jax.engine_plan import _eos_token_ids
+from fly_jax.generation_config import eos_token_ids
 from fly_jax.tokenizer import Tokenizer
 from tests.fly_jax.tokenizer_families import FAMILIES
 
@@ -108,8 +108,8 @@ def test_the_tokenizers_own_end_counts_besides_the_models(
 ) -> None:
     for name, value in (("generation_config.json", generation), ("config.json", model)):
         (tmp_path / name).write_text(json.dumps({} if value is None else {"eos_token_id": value}))
-    assert _eos_token_ids(tmp_path, 9) == expected
-    assert _eos_token_ids(tmp_path, None) == expected - ({9} if generation != 9 else set())
+    assert eos_token_ids("auto", tmp_path, 9) == expected
+    assert eos_token_ids("auto", tmp_path, None) == expected - ({9} if generation != 9 else set())
 
 
 @pytest.mark.parametrize(("add", "expected"), [("<s> $A", ["<s>"]), ("", [])])
