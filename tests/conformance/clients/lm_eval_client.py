@@ -30,7 +30,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
     "recall_choice": """
 output_type: multiple_choice
-doc_to_choice: ["{{first}}", "{{second}}"]
+doc_to_choice: "{{[first, second]}}"
 doc_to_target: 0
 target_delimiter: ""
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
@@ -54,8 +54,7 @@ with tempfile.TemporaryDirectory() as folder:
             "base_url": f"{server_url()}/v1/completions",
             "tokenizer": str(DEMO_MODEL),
             "tokenizer_backend": "huggingface",
-            "tokenized_requests": False,
-            "add_bos_token": False,
+            "add_bos_token": True,
             "max_retries": 1,
             "num_concurrent": 2,
         },
