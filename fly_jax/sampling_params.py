@@ -10,7 +10,7 @@ from typing import SupportsFloat, SupportsIndex
 from fly_jax.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
-# Each costs a request 2 to 5 microseconds a token, on the thread that all requests share.
+# vLLM has no such limit. Each costs a request 0.2 to 2 microseconds a token, on the thread that all requests share.
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**63 - 1
 MAX_PRIORITY = 2**31 - 1

@@ -8,31 +8,68 @@ from collections.abc import Mapping
 _FIRST_MARK = 0xD800
 
 
+class _Begun:
+    """How much of one stop string a text ends with (Knuth, Morris and Pratt): the time grows with the text alone."""
+
+    __slots__ = ("_borders", "length", "stop")
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        # Of each beginning of the stop string that has been reached: the longest shorter one that it ends with.
+        self._borders = [0]
+
+    def push(self, text: str) -> int | None:
+        """Where in this text the first complete stop string begins, below 0 before it; None: there is none."""
+        stop, length, borders = self.stop, self.length, self._borders
+        if not length and stop[0] not in text:
+            return None
+        for end, character in enumerate(text, 1):
+            length = self._extend(length, character)
+            if length == len(stop):
+                return end - length
+            if length > len(borders):
+                borders.append(self._extend(borders[-1], character))
+        self.length = length
+        return None
+
+    def _extend(self, length: int, character: str) -> int:
+        while length and self.stop[length] != character:
+            length = self._borders[length - 1]
+        return length + (self.stop[length] == character)
+
+
 class StopMatcher:
     """Finds stop strings across token borders; text that may still become one is held back."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
+        self._begun = tuple(map(_Begun, stops))
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that is certain, and the stop string if one is complete (nothing from it on is emitted)."""
-        if not self._stops:
+        if not self._begun:
             return text, None
-        self._held += text
-        found = [(index, stop) for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        found = [(start, each.stop) for each in self._begun if (start := each.push(text)) is not None]
+        known = self._held + text
         if found:
-            index, stop = min(found, key=lambda match: match[0])
-            certain, self._held = self._held[:index], ""
+            start, stop = min(found, key=lambda match: match[0])
+            certain = known[: len(self._held) + start]
+            self._forget()
             return certain, stop
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(certain) :]
+        keep = max(each.length for each in self._begun)
+        certain, self._held = known[: len(known) - keep], known[len(known) - keep :]
         return certain, None
 
     def flush(self) -> str:
-        text, self._held = self._held, ""
+        text = self._held
+        self._forget()
         return text
+
+    def _forget(self) -> None:
+        self._held = ""
+        for each in self._begun:
+            each.length = 0
 
 
 class StopFinder:
@@ -70,11 +107,3 @@ class StopFinder:
             certain += self._marked.flush()
         visible, stop = self._plain.push(certain.translate(self._unmarked))
         return visible if stop is not None else visible + self._plain.flush()
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -84,6 +85,21 @@ class TestStopMatcher:
 
     def test_nothing_is_held_back_without_stops(self) -> None:
         assert StopMatcher(()).push("any text") == ("any text", None)
+
+    def test_comparisons_grow_with_the_text_and_not_with_the_stop_string(self) -> None:
+        """The text is for ever on the way to become the stop string."""
+        compared = 0
+
+        class Counted(str):
+            def __getitem__(self, place: Any) -> str:
+                nonlocal compared
+                compared += 1
+                return super().__getitem__(place)
+
+        matcher = StopMatcher((Counted("a" * 500 + "b" + "a" * 500), "a" * 999 + "c"))
+        emitted = "".join(matcher.push("aaaa")[0] for _ in range(1000))
+        assert emitted + matcher.flush() == "a" * 4000
+        assert compared <= 4 * 4000
 
 
 def test_a_stop_string_is_found_across_token_borders_and_cut_off(processor: OutputProcessor) -> None:
