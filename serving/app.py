@@ -39,7 +39,7 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
     for router in routers:
         app.include_router(router)
     install_error_handlers(app, [route for router in routers for route in router.routes])
-    app.openapi = openapi_of(app, options)  # type: ignore[method-assign]
+    app.openapi = openapi_of(app, options, engine.vocab_size)  # type: ignore[method-assign]
     _add_middleware(app, options, in_flight)
     return app
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from fly_jax.sampling_params import MAX_PRIORITY, MAX_SEED, MAX_STOP_STRINGS
-from serving.fields import MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
+from serving.fields import MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
 from serving.middleware import GENERATING_PATHS, OPEN_PATHS
 from serving.options import ServerOptions
 
@@ -46,7 +46,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "min_p": {"minimum": 0, "maximum": 1},
     "seed": {"minimum": -1, "maximum": MAX_SEED},
     "priority": {"minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY},
-    "tensor_parallel_size": {"minimum": 1},
+    "tensor_parallel_size": {"enum": [2**power for power in range(11)]},
     "stop_token_ids": {"maxItems": MAX_STOP_TOKEN_IDS},
 }
 STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
@@ -55,32 +55,40 @@ TEXT_PART = {
     "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
 }
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}]}
+# Only what an assistant said may be left out or null.
+CONTENT_BY_ROLE = {
+    "required": ["role"],
+    "if": {"properties": {"role": {"const": "assistant"}}},
+    "else": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+}
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "a chunk as JSON, an error as JSON, or [DONE]"}},
+}
 _FRAMEWORKS_OWN = ("HTTPValidationError", "ValidationError")
 
 
-def openapi_of(app: FastAPI, options: ServerOptions) -> Callable[[], dict[str, Any]]:
+def openapi_of(app: FastAPI, options: ServerOptions, vocab_size: int) -> Callable[[], dict[str, Any]]:
     """What ``app.openapi`` should be; the document is made when it is first asked for."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, options)
+            app.openapi_schema = _document(app, options, vocab_size)
         return app.openapi_schema
 
     return document
 
 
-def _document(app: FastAPI, options: ServerOptions) -> dict[str, Any]:
+def _document(app: FastAPI, options: ServerOptions, vocab_size: int) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for name in _FRAMEWORKS_OWN:
         schemas.pop(name, None)
     schemas["Error"] = ERROR_SCHEMA
-    for name in ("CompletionRequest", "ChatCompletionRequest"):
-        _limit(schemas[name]["properties"])
-    schemas["ChatMessage"]["properties"]["content"] = {
-        "anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}]
-    }
+    _limit(schemas, vocab_size)
     components["securitySchemes"] = SECURITY_SCHEMES
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -100,22 +108,34 @@ def _complete(path: str, method: str, operation: dict[str, Any], options: Server
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in GENERATING_PATHS:
-        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        responses["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     if path == LAYOUT and method == "post" and options.admin_key is not None:
         operation["security"] = [{"AdminKey": []}, {"AdminKeyHeader": []}]
     elif path not in OPEN_PATHS and options.api_key is not None:
         operation["security"] = [{"ApiKey": []}]
 
 
-def _limit(properties: dict[str, Any]) -> None:
-    for name, limits in LIMITS.items():
-        if name in properties:
-            properties[name]["anyOf"][0].update(limits)
-    properties["stop"]["anyOf"] = [
-        STOP_STRING,
-        {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": STOP_STRING},
-        {"type": "null"},
-    ]
+def _limit(schemas: dict[str, Any], vocab_size: int) -> None:
+    """Says of the bodies what their checks say, where the framework cannot read it from the fields' types."""
+    token_id = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
+    for name in ("CompletionRequest", "ChatCompletionRequest"):
+        fields = schemas[name]["properties"]
+        for field, limits in LIMITS.items():
+            if field in fields:
+                fields[field]["anyOf"][0].update(limits)
+        fields["stop_token_ids"]["anyOf"][0]["items"] = token_id
+        fields["stop"]["anyOf"] = [STOP_STRING, _several(STOP_STRING, 0, MAX_STOP_STRINGS), {"type": "null"}]
+    token_ids = {"type": "array", "minItems": 1, "items": token_id}
+    several_prompts = [_several(prompt, 1, MAX_PROMPTS) for prompt in ({"type": "string"}, token_ids)]
+    schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"] = [{"type": "string"}, token_ids, *several_prompts]
+    schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = token_id
+    schemas["TokenizeRequest"]["properties"]["messages"]["anyOf"][0]["minItems"] = 1
+    schemas["ChatMessage"]["properties"]["content"] = CONTENT
+    schemas["ChatMessage"].update(CONTENT_BY_ROLE)
+
+
+def _several(item: dict[str, Any], at_least: int, at_most: int) -> dict[str, Any]:
+    return {"type": "array", "minItems": at_least, "maxItems": at_most, "items": item}
 
 
 def _errors(path: str, method: str, options: ServerOptions) -> dict[str, str]:

@@ -123,6 +123,9 @@ def test_the_schema_knows_media_types_and_limits() -> None:
     fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 100}
     assert fields["stop"]["anyOf"][1]["maxItems"] == 64
+    token_id = {"type": "integer", "minimum": 0, "maximum": ScriptedEngine().vocab_size - 1}
+    assert fields["prompt"]["anyOf"][1]["items"] == fields["stop_token_ids"]["anyOf"][0]["items"] == token_id
+    assert 3 not in fields["tensor_parallel_size"]["anyOf"][0]["enum"]
 
 
 def test_the_schema_asks_for_the_keys_that_the_server_asks_for() -> None:

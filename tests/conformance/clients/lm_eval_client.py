@@ -1,13 +1,16 @@
 """lm_eval's ``local-completions`` on a task whose right scores are known.
 
-Of the eight targets of ``recall.jsonl`` six are what the model says next and two are nonsense. The task with
-log-likelihoods scores whether a target is the model's own greedy choice, and so needs alternatives of prompt tokens.
+Of the eight targets of ``recall.jsonl`` six are what the model says next and two are nonsense: so say the
+log-probabilities in it, which are those of transformers (float32), and whose differences to these come from bfloat16.
+The task with log-likelihoods scores whether a target is the model's own greedy choice, and so needs alternatives of
+prompt tokens.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 from checks import MODEL, expect, server_url
@@ -42,19 +45,18 @@ generation_kwargs: {until: ["<|eos|>", "\\n"], temperature: 0, max_gen_toks: 16}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
-KNOWN = {"recall_greedy": 0.75, "recall_choice": 0.75, "recall_generated": 0.75}
+KNOWN = 0.75  # six of eight, in each task
 
-with tempfile.TemporaryDirectory() as folder:
-    for name, task in TASKS.items():
-        (Path(folder) / f"{name}.yaml").write_text(f"task: {name}\n{SHARED}{task}")
-    results = lm_eval.simple_evaluate(
+
+def evaluate(folder: str, *, add_bos: bool) -> dict[str, Any]:
+    return lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
             "model": MODEL,
             "base_url": f"{server_url()}/v1/completions",
             "tokenizer": str(DEMO_MODEL),
             "tokenizer_backend": "huggingface",
-            "add_bos_token": True,
+            "add_bos_token": add_bos,
             "max_retries": 1,
             "num_concurrent": 2,
         },
@@ -62,10 +64,22 @@ with tempfile.TemporaryDirectory() as folder:
         task_manager=TaskManager(include_path=folder, include_defaults=False),
         bootstrap_iters=0,
     )
-for name, wanted in KNOWN.items():
-    [score] = [
-        value
-        for metric, value in results["results"][name].items()
-        if metric.endswith(",none") and "stderr" not in metric
-    ]
-    expect(name, score, wanted)
+
+
+def check(results: dict[str, Any], reference: str) -> None:
+    """The known scores, and log-probabilities within 0.1 or 2 percent of that field of ``recall.jsonl``."""
+    for name in TASKS:
+        scores = results["results"][name].items()
+        [score] = [value for metric, value in scores if metric.endswith(",none") and "stderr" not in metric]
+        expect(name, score, KNOWN)
+    for sample in results["samples"]["recall_greedy"]:
+        [[logprob, _]], wanted = sample["filtered_resps"], sample["doc"][reference]
+        if abs(logprob - wanted) > max(0.1, 0.02 * abs(wanted)):
+            raise SystemExit(f"{reference} of {sample['target']!r}: expected {wanted}, got {logprob}")
+
+
+with tempfile.TemporaryDirectory() as folder:
+    for name, task in TASKS.items():
+        (Path(folder) / f"{name}.yaml").write_text(f"task: {name}\n{SHARED}{task}")
+    check(evaluate(folder, add_bos=False), "logprob")
+    check(evaluate(folder, add_bos=True), "logprob_after_bos")
