@@ -87,4 +87,4 @@ train-demo: $(VENV)/.dev
 	$(BIN)/python -m checkpoints.demo.train --out build/demo
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .cache .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _origins(text: str) -> tuple[str, ...]:
     """vLLM's JSON list of origins, or one origin."""
-    if not text.startswith("["):
-        return (text,)
-    origins = json.loads(text)
-    if not all(isinstance(origin, str) for origin in origins):
-        raise ValueError(text)
+    try:
+        origins = json.loads(text) if text.startswith("[") else [text]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    for origin in origins:
+        # A browser sends neither a path nor a last slash: such an origin would never be one that asks.
+        if not isinstance(origin, str) or not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise argparse.ArgumentTypeError(
+                f"{origin!r} is not an origin: write '*' or one such as https://example.com"
+            )
     return tuple(origins)
 
 

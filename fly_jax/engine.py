@@ -264,6 +264,8 @@ class Engine:
             tokens = tuple(operator.index(token) for token in prompt_ids)
         except TypeError as error:
             raise InvalidRequestError(f"token ids must be integers: {error}", param="prompt") from None
+        if bool in set(map(type, prompt_ids)):
+            raise InvalidRequestError("token ids must be integers: got a boolean", param="prompt")
         if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
             raise InvalidRequestError(f"token id {wrong[0]} is outside the vocabulary of {vocabulary}", param="prompt")
         return tokens

@@ -237,5 +237,5 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     items: Iterable[Any] = list(prompts)
     if items and all(isinstance(item, (int, np.integer)) for item in items):
-        return [tuple(int(item) for item in items)]
+        return [tuple(item if isinstance(item, bool) else int(item) for item in items)]
     return list(items)

@@ -78,14 +78,16 @@ def _one_prompt(value: Any, what: str) -> Prompt:
     if isinstance(value, list):
         if not value:
             raise invalid(f"{what} must not be empty")
-        if all(map(is_token_id, value)):
+        wrong = next((place for place, item in enumerate(value) if not is_token_id(item)), None)
+        if wrong is None:
             return value
+        raise invalid(f"{what} must hold integer token ids, got {type(value[wrong]).__name__} at {wrong}")
     raise invalid(f"{what} must be a string or a list of integer token ids")
 
 
 def parse_prompts(value: Any) -> tuple[Prompt, ...]:
     """One prompt or many, as text or as token ids, always as a tuple."""
-    if not isinstance(value, list) or (value and all(map(is_token_id, value))):
+    if not isinstance(value, list) or (value and isinstance(value[0], int | float)):
         return (_one_prompt(value, "prompt"),)
     if not value:
         raise invalid("prompt must not be empty")

@@ -32,7 +32,7 @@ async def encode_prompts(
     """One encoded prompt per given one, in order.
 
     Raises:
-        InvalidRequestError: a token id is out of range, or a text has no tokens.
+        InvalidRequestError: a token id is out of range.
     """
     tokenizer = engine.tokenizer
 
@@ -42,9 +42,17 @@ async def encode_prompts(
     encoded = await _off_loop(encode_all, sum(map(len, prompts)))
     for prompt in encoded:
         check_token_ids(prompt.token_ids, engine.vocab_size, "prompt")
-        if not prompt.token_ids:
-            raise InvalidRequestError("prompt must not be empty: it has no tokens", param="prompt")
     return encoded
+
+
+def require_tokens(prompts: Sequence[EncodedPrompt]) -> None:
+    """An empty text may have a token, where the tokenizer begins it with BOS.
+
+    Raises:
+        InvalidRequestError: a prompt has none.
+    """
+    if not all(prompt.token_ids for prompt in prompts):
+        raise InvalidRequestError("prompt must not be empty: it has no tokens", param="prompt")
 
 
 async def encode_chat(

@@ -302,8 +302,10 @@ def test_names_and_origins_reach_the_server(
     assert [(options.served_model_names, options.allowed_origins) for options in given] == [(names, origins)]
 
 
-@pytest.mark.parametrize("origins", ["[1]", "[", '["a"'])
-def test_origins_that_are_no_list_are_one_line(origins: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "origins", ["[1]", "[", '["a"', "example.com", "https://a.example/", '["https://a.example/x"]']
+)
+def test_what_no_browser_sends_as_an_origin_is_one_line(origins: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "x", "--allowed-origins", origins])
     assert "--allowed-origins" in error_line(capsys)

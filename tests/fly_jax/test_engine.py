@@ -277,4 +277,7 @@ def test_a_batch_larger_than_the_queue_is_served_whole(folder: Path) -> None:
 def test_token_ids_that_are_not_integers_are_refused_and_take_nobody_with_them(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="integers"):
         llm.generate([[1.5, 2.5]], GREEDY)  # type: ignore[list-item]
+    for prompts in ([True, 5], [[5, True]]):
+        with pytest.raises(InvalidRequestError, match="integers: got a boolean"):
+            llm.generate(prompts, GREEDY)
     assert llm.generate([np.array([5, 6, 7])], replace(GREEDY, max_tokens=2))[0].prompt_token_ids == (5, 6, 7)

@@ -146,6 +146,8 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
     assert tokens == {"count": 4, "max_model_len": 512, "tokens": [256, 104, 195, 169]}
     bare = http.post("/tokenize", json={"prompt": "hé", "add_special_tokens": False}).json()
     assert http.post("/detokenize", json={"tokens": bare["tokens"]}).json() == {"prompt": "hé"}
+    empty = http.post("/tokenize", json={"prompt": "", "add_special_tokens": False}).json()
+    assert (empty["count"], empty["tokens"]) == (0, [])
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).json()
     assert chat["count"] == len("[user] a\n[assistant] ")
 

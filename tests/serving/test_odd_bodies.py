@@ -77,6 +77,10 @@ def test_a_boolean_is_no_integer(in_process: Callable[..., httpx.AsyncClient]) -
                 error = answer.json()["error"]
                 assert (answer.status_code, error["param"]) == (400, param), answer.text
                 assert error["message"].startswith(f"{param}: must be an integer, got ")
+            for prompt in ([1, True], [[5], [1, True]]):
+                answer = await client.post("/v1/completions", json={"prompt": prompt})
+                assert answer.status_code == 400
+                assert answer.json()["error"]["message"].endswith("must hold integer token ids, got bool at 1")
             text = await client.post("/v1/completions", json={"prompt": "hi", "tensor_parallel_size": "2"})
             assert text.status_code == 200
 
