@@ -17,6 +17,7 @@ from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
 from fly_jax.policy import Policy
 from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 from fly_jax.tokenizer import Tokenizer
+from fly_jax.watchdog import Watchdog
 
 
 class AsyncEngine:
@@ -28,7 +29,9 @@ class AsyncEngine:
 
     def __init__(self, model: LoadedModel) -> None:
         self.plan = model.plan
-        self._thread = EngineThread(Engine(model))
+        engine = Engine(model)
+        watchdog = Watchdog(self.plan.config.engine_timeout, engine.slowest_step)
+        self._thread = EngineThread(engine, watchdog)
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
@@ -62,6 +65,27 @@ class AsyncEngine:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive
+
+    @property
+    def has_failed(self) -> bool:
+        """It ended by itself: see the log."""
+        return self._thread.has_failed
+
+    @property
+    def stuck_seconds(self) -> float | None:
+        """For how long no step has finished although there is work, once that is too long; None: all is well."""
+        return self._thread.watchdog.stuck_seconds()
+
+    async def wait_failed(self) -> None:
+        """Returns when the engine has ended by itself, and everybody who waited for it has been told."""
+        loop, failed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(failed.set)
+
+        self._thread.when_failed(tell)
+        await failed.wait()
 
     @property
     def layout(self) -> str:
@@ -143,6 +167,16 @@ class AsyncEngine:
 
     async def stats(self) -> EngineStats:
         return await asyncio.wrap_future(self._thread.stats())
+
+    def latest_stats(self) -> EngineStats:
+        """:meth:`stats` as of the latest step or command, without asking the engine, which may be stuck.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        if not self.is_alive:
+            raise EngineDeadError("the engine has stopped")
+        return self._thread.latest_stats
 
     def stats_now(self) -> EngineStats:
         """:meth:`stats` for callers outside the event loop."""

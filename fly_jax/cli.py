@@ -19,13 +19,13 @@ from fly_jax.cli_options import (
     add_serve_options,
 )
 from fly_jax.config import EngineConfig
-from fly_jax.errors import ConfigError, FlyJaxError
+from fly_jax.errors import ConfigError, EngineDeadError, FlyJaxError
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
 from fly_jax.vllm_options import add_vllm_options, warn_of_ignored
 
 Command = Callable[[argparse.Namespace], int]
 
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR = 1, 2
 OWN_LOGGERS = ("fly_jax", "serving", "checkpoints")
 
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code, 2 for anything that the user can mend."""
+    """Runs one command; returns the exit code: 2 for anything that the user can mend, 1 if the engine failed."""
     options = _parser().parse_args(arguments)
     _configure_logging(options.log_level or ("info" if options.command is serve else "warning"))
     command: Command = options.command
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except FlyJaxError as error:
         print(f"fly-jax: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return FAILURE if isinstance(error, EngineDeadError) else USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

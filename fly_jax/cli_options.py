@@ -154,6 +154,13 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
         "--max-num-queued-reqs", type=int, default=1024, help="requests waiting before 503 (default: %(default)s)"
     )
     engine.add_argument(
+        "--engine-timeout",
+        type=float,
+        default=60.0,
+        help="seconds without a finished step, while there is work, after which /health says 503; longer where 30 of "
+        "the slowest steps take longer; 0: never (default: %(default)s)",
+    )
+    engine.add_argument(
         "--scheduling-policy",
         choices=SCHEDULING_POLICIES,
         default="fcfs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -57,6 +58,8 @@ class EngineConfig:
         max_num_seqs: most requests running at once in one group.
         max_num_batched_tokens: most tokens one step of one group computes.
         max_num_queued_reqs: most requests waiting; more are refused.
+        engine_timeout: seconds without a finished step, while there is work, after which the engine counts as stuck
+            (longer where steps are slow, by their times at warm-up); 0: never.
         block_size: tokens a KV block holds at TP 1.
         num_blocks: KV blocks a device; None: from the memory.
         attention_backend: ``xla``: plain JAX; ``pallas``: kernels for NVIDIA GPUs, interpreted (slowly) on CPU;
@@ -84,6 +87,7 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_num_queued_reqs: int = 1024
+    engine_timeout: float = 60.0
     block_size: int = 16
     num_blocks: int | None = None
     attention_backend: str = "auto"
@@ -121,6 +125,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 3:
             raise ConfigError(f"optimization_level must be between 0 and 3, got {self.optimization_level}")
+        if not 0.0 <= self.engine_timeout < math.inf:
+            raise ConfigError(f"engine_timeout must be at least 0 seconds, got {self.engine_timeout}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 
@@ -135,9 +141,10 @@ class EngineConfig:
             optional = type(self).__dataclass_fields__[name].default is None
             if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise ConfigError(f"{name} must be an integer, got {value!r}")
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float):
-            raise ConfigError(f"gpu_memory_utilization must be a number, got {share!r}")
+        for name in ("gpu_memory_utilization", "engine_timeout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
         if not isinstance(self.overlap, bool):
             raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
         if not isinstance(self.generation_config, str) or not isinstance(self.override_generation_config, Mapping):

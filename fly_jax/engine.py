@@ -91,6 +91,8 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._counters: Counter[str] = Counter()
         self._compiles_at_start = model.compiles.count
+        # They never change, and counting hundreds of buffers takes longer than all the other statistics.
+        self._weight_bytes, self._kv_bytes = self.runner.weights.resident_bytes, self.runner.pool.nbytes
 
     # -- the step loop ----------------------------------------------------------------------------------------
 
@@ -111,6 +113,16 @@ class Engine:
             deltas += self._harvest(step)
         self.control.settle()
         return deltas
+
+    @property
+    def slowest_step(self) -> float:
+        """Seconds that the slowest program took at warm-up."""
+        return max(self.runner.executables.step_seconds.values(), default=0.0)
+
+    @property
+    def steps_finished(self) -> int:
+        """Steps whose results have been read."""
+        return self._counters["steps_finished"]
 
     @property
     def has_work(self) -> bool:
@@ -168,6 +180,7 @@ class Engine:
 
     def _harvest(self, launched: _Launched) -> list[RequestDelta]:
         deltas = []
+        self._counters["steps_finished"] += 1
         for result in self.runner.harvest(launched.step):
             if delta := self._apply(result, launched.number):
                 deltas.append(delta)
@@ -190,9 +203,9 @@ class Engine:
         self.control.log.delivered(request, launch)
         try:
             delta = self.outputs.push(request, result.token)
-        except Exception as error:  # a tokenizer's failure is that request's, not the engine's
+        except Exception:  # a tokenizer's failure is that request's, not the engine's
             logger.exception("request %s failed", request.request_id)
-            return self._end(request, FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
+            return self._end(request, FinishReason.ERROR, error="it failed inside the engine, whose log says why")
         if delta.finish_reason is not None:
             self._close(request, delta.finish_reason)
         return delta
@@ -361,6 +374,6 @@ class Engine:
             executables=len(self.runner.executables),
             compile_seconds=self.runner.executables.compile_seconds,
             compiles_after_warmup=model.compiles.count - self._compiles_at_start,
-            weight_bytes=self.runner.weights.resident_bytes,
-            kv_bytes=self.runner.pool.nbytes,
+            weight_bytes=self._weight_bytes,
+            kv_bytes=self._kv_bytes,
         )

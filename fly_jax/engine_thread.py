@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fly_jax.engine import Engine
@@ -17,6 +18,7 @@ from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrat
 from fly_jax.policy import Policy, name_of
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.switch_log import SwitchTicket
+from fly_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +65,50 @@ class EngineThread:
 
     Methods are thread-safe. A sink is called on the engine's thread with each of its request's deltas, or once
     with EngineDeadError; it must return at once and never raise.
+
+    Args:
+        watchdog: told of every step; None: one that never barks.
+
+    Attributes:
+        latest_stats: the engine's counters after its latest step or command, which nobody has to wait for.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, watchdog: Watchdog | None = None) -> None:
+        self.watchdog = watchdog or Watchdog(timeout=0)
+        self.latest_stats = engine.stats()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._switches: deque[_PendingSwitch | _PendingPolicy] = deque()  # in the order in which they were asked for
         self._stopping = False
         self._failure: BaseException | None = None
+        self._on_failure: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         # The engine lives in the thread's arguments alone, so that its memory is freed when the thread ends.
         self._thread = threading.Thread(target=self._run, args=(engine,), name="fly-jax-engine", daemon=True)
         self._thread.start()
+        self.watchdog.watch(self._thread)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and self._failure is None and not self._stopping
+
+    @property
+    def ident(self) -> int | None:
+        """The thread's identifier, as in :mod:`threading`."""
+        return self._thread.ident
+
+    @property
+    def has_failed(self) -> bool:
+        """It ended by itself, and everybody who waited has been told."""
+        return self._failure is not None
+
+    def when_failed(self, callback: Callable[[], None]) -> None:
+        """Calls back once if the engine fails by itself, after everybody who waits has been told; on its thread."""
+        with self._lock:
+            self._on_failure.append(callback)
+            failed = self._failure is not None
+        if failed:
+            self._report_failure()
 
     def submit(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, sink: Sink, *, bounded: bool = True
@@ -166,6 +196,7 @@ class EngineThread:
             if not self._stopping:
                 self._stopping = True
                 self._commands.put(None)
+        self.watchdog.end()
         self._thread.join()
 
     # -- on the engine's thread -------------------------------------------------------------------------------
@@ -175,23 +206,35 @@ class EngineThread:
         try:
             while self._take_commands(engine, stalled):
                 self._advance_switches(engine)
-                stalled = engine.has_work and not self._step(engine)
+                if engine.has_work:
+                    self.watchdog.working()
+                    stalled = not self._step(engine)
+                else:
+                    self.watchdog.idle()
+                    stalled = False
             self._fail_all(engine, EngineDeadError("the engine has been shut down"))
         except BaseException as error:
             logger.exception("the engine's loop has failed")
             self._failure = error
             self._fail_all(engine, self._dead())
+            self._report_failure()
 
     def _step(self, engine: Engine) -> bool:
         """False if nothing came of it and nothing is under way."""
+        finished = engine.steps_finished
         deltas = engine.step()
+        self.latest_stats = engine.stats()
+        if engine.steps_finished != finished or not engine.has_work:
+            self.watchdog.finished_step()
         for delta in deltas:
             self._deliver(delta)
         return bool(deltas) or not engine.stalled
 
     def _take_commands(self, engine: Engine, stalled: bool) -> bool:
         """Runs queued commands, waiting for one if the engine is idle, a moment if stalled; False at shutdown."""
-        idle = not (engine.has_work or self._switches)
+        idle, ran = not (engine.has_work or self._switches), False
+        if idle:
+            self.watchdog.idle()
         try:
             while True:
                 command = self._commands.get(block=idle or stalled, timeout=None if idle else STALL_SECONDS)
@@ -199,8 +242,12 @@ class EngineThread:
                     return False
                 command(engine)
                 idle = stalled = False
+                ran = True
         except queue.Empty:
             return True
+        finally:
+            if ran:
+                self.latest_stats = engine.stats()
 
     def _advance_switches(self, engine: Engine) -> None:
         """Answers for the switches that are through, and begins the next."""
@@ -209,7 +256,7 @@ class EngineThread:
                 if engine.switching:
                     return
                 self._switches.remove(switch)
-                _set_policy(engine, switch)
+                self._answer(engine, switch.done, partial(engine.set_policy, switch.policy))
             elif switch.ticket is None:
                 if engine.switching:
                     return
@@ -220,9 +267,19 @@ class EngineThread:
                     switch.done.set_exception(error)
             elif switch.ticket.settled:
                 self._switches.remove(switch)
-                _answer(engine, switch, switch.ticket)
+                self._answer(engine, switch.done, partial(_report_of, engine, switch, switch.ticket))
             elif switch.policy is not None:
                 return  # the next would otherwise begin before this policy, and lose its pin to it
+
+    def _answer(self, engine: Engine, done: Future[T], outcome: Callable[[], T]) -> None:
+        """Who is answered finds the counters up to date."""
+        try:
+            result = outcome()
+        except FlyJaxError as error:
+            done.set_exception(error)
+            return
+        self.latest_stats = engine.stats()
+        done.set_result(result)
 
     def _check_running(self) -> None:
         """Refuses a command that was queued while the engine failed: nothing would ever answer it."""
@@ -258,6 +315,12 @@ class EngineThread:
             if (command := self._commands.get()) is not None:
                 command(engine)
 
+    def _report_failure(self) -> None:
+        with self._lock:
+            callbacks, self._on_failure = self._on_failure, []
+        for callback in callbacks:
+            callback()
+
     # -- on the callers' threads ------------------------------------------------------------------------------
 
     def _post(self, command: Command, done: Future[Any]) -> None:
@@ -268,27 +331,22 @@ class EngineThread:
         done.set_exception(self._dead())
 
     def _dead(self) -> EngineDeadError:
-        error = EngineDeadError(f"the engine has stopped: {self._failure or 'it was shut down'}")
+        # What went wrong inside is for the log: the message goes to clients.
+        why = "it was shut down" if self._failure is None else "it failed, and its log says why"
+        error = EngineDeadError(f"the engine has stopped: {why}")
         error.__cause__ = self._failure
         return error
 
 
-def _answer(engine: Engine, switch: _PendingSwitch, ticket: SwitchTicket) -> None:
+def _report_of(engine: Engine, switch: _PendingSwitch, ticket: SwitchTicket) -> SwitchReport:
+    """What a switch that is through has come to; its policy takes over."""
     if ticket.error is not None:
-        switch.done.set_exception(ticket.error)
-        return
+        raise ticket.error
     assert ticket.report is not None
     try:
         if switch.policy is not None:
             engine.set_policy(switch.policy)
-        switch.done.set_result(ticket.report)
     except ConfigError as error:
         # Not a LayoutError, whatever it was: that would say that the switch was not made.
-        switch.done.set_exception(ConfigError(f"the layout is {ticket.target} now and stays: {error}"))
-
-
-def _set_policy(engine: Engine, change: _PendingPolicy) -> None:
-    try:
-        change.done.set_result(engine.set_policy(change.policy))
-    except FlyJaxError as error:
-        change.done.set_exception(error)
+        raise ConfigError(f"the layout is {ticket.target} now and stays: {error}") from error
+    return ticket.report

@@ -196,7 +196,8 @@ class LayoutControl:
             if self.policy == FALLBACK:
                 raise
             logger.exception("policy: %s failed, %s takes over", self.policy, FALLBACK)
-            self.last_decision = f"{self.policy} failed ({type(error).__name__}: {error}): {FALLBACK} takes over"
+            # Anybody may read this; the log has the rest.
+            self.last_decision = f"{self.policy} failed ({type(error).__name__}): {FALLBACK} takes over"
             self.policy = FALLBACK
             return Decision(None, DecisionKind.HOLD, self.last_decision)
 

@@ -50,7 +50,7 @@ async def require_admin(request: Request) -> None:
 @router.get("/layout")
 async def get_layout(request: Request) -> dict[str, Any]:
     """Where the engine is, who decides, and the latest switches, oldest first."""
-    stats = await state_of(request).engine.stats()
+    stats = state_of(request).engine.latest_stats()
     history = [dataclasses.asdict(report) for report in stats.switch_history[-MAX_HISTORY:]]
     return {
         "layout": stats.layout,

@@ -83,6 +83,20 @@ class EngineClient(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
+    @property
+    def has_failed(self) -> bool:
+        """It ended by itself."""
+        ...
+
+    @property
+    def stuck_seconds(self) -> float | None:
+        """For how long no step has finished although there is work; None: all is well. Never waits."""
+        ...
+
+    async def wait_failed(self) -> None:
+        """Returns when the engine has ended by itself and has told everybody who waited for it."""
+        ...
+
     def generate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
     ) -> AsyncIterator[RequestDelta]:
@@ -120,6 +134,14 @@ class EngineClient(Protocol):
 
     async def stats(self) -> EngineStats:
         """The counters.
+
+        Raises:
+            EngineDeadError: they died with the engine.
+        """
+        ...
+
+    def latest_stats(self) -> EngineStats:
+        """The counters as of the latest step, without waiting for the engine, which may be stuck.
 
         Raises:
             EngineDeadError: they died with the engine.

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from fly_jax import __version__
 from fly_jax.errors import EngineDeadError
+from serving.errors import SERVER, ApiError
 from serving.responses import ModelCard, ModelList
 from serving.state import ServerState, state_of
 
@@ -16,7 +17,15 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
-    return Response(status_code=200 if state_of(request).engine.is_alive else 503)
+    engine = state_of(request).engine
+    if not engine.is_alive:
+        raise ApiError(503, "the engine has stopped; its log says why", type=SERVER, code="engine_dead")
+    if (seconds := engine.stuck_seconds) is not None:
+        message = (
+            f"the engine has finished no step for {seconds:.0f} s although there is work; its log says where it is"
+        )
+        raise ApiError(503, message, type=SERVER, code="engine_stuck")
+    return Response(status_code=200)
 
 
 @router.head("/version", include_in_schema=False)
@@ -36,7 +45,7 @@ async def load(request: Request) -> dict[str, int]:
 async def metrics(request: Request) -> Response:
     state = state_of(request)
     try:
-        stats = await state.engine.stats()
+        stats = state.engine.latest_stats()
     except EngineDeadError:
         # The latencies measured so far stay readable; /health says that the engine is gone.
         stats = None

@@ -16,7 +16,7 @@ from types import FrameType
 
 import uvicorn
 
-from fly_jax.errors import ConfigError
+from fly_jax.errors import ConfigError, EngineDeadError
 from serving.app import create_app
 from serving.engine_client import EngineClient
 from serving.options import ServerOptions
@@ -140,7 +140,17 @@ async def serve(
         timeout_graceful_shutdown=options.shutdown_timeout,
     )
     port = sock.getsockname()[1]
-    await HttpServer(config, (options.host, port), on_ready).serve(sockets=[sock])
+    server = HttpServer(config, (options.host, port), on_ready)
+    watcher = asyncio.create_task(_stop_when_failed(engine, server))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        watcher.cancel()
+
+
+async def _stop_when_failed(engine: EngineClient, server: HttpServer) -> None:
+    await engine.wait_failed()
+    server.request_stop()
 
 
 def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> None:
@@ -150,6 +160,7 @@ def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> Non
 
     Raises:
         ConfigError: the port cannot be had; raised before the engine is started.
+        EngineDeadError: the engine failed by itself; clients have been told and the server has ended.
         Whatever ``start_engine`` raises.
     """
     sock = bind(options.host, options.port)
@@ -170,6 +181,8 @@ async def _serve_and_shut_down(engine: EngineClient, options: ServerOptions, soc
         await serve(engine, options, sock, on_ready=announce)
     finally:
         await engine.shutdown()
+    if engine.has_failed:
+        raise EngineDeadError("the engine has failed, so the server has ended: the log above says why")
 
 
 def ready_line(url: str, model_name: str, options: ServerOptions) -> str:

@@ -15,6 +15,7 @@ from fly_jax.layout import Layout
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.switch_log import SwitchTicket
+from fly_jax.watchdog import Watchdog
 
 TIMEOUT = 120.0  # only ever reached by a thread that hangs
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -92,6 +93,13 @@ class ScriptedEngine:
         ticket.report = SwitchReport(self.switches, str(self.layout), str(ticket.target), self.strategy)
         self.layout = ticket.target
 
+    @property
+    def steps_finished(self) -> int:
+        return 0 if self.stalled else self.steps
+
+    def stats(self) -> SimpleNamespace:
+        return SimpleNamespace(layout=str(self.layout), policy=self.policy, waiting=len(self.live), steps=self.steps)
+
     def step(self) -> list[RequestDelta]:
         self.threads.add(threading.current_thread().name)
         self.steps += 1
@@ -151,8 +159,8 @@ class Sink:
 
 
 @contextmanager
-def running(engine: ScriptedEngine | Engine) -> Iterator[EngineThread]:
-    thread = EngineThread(cast(Engine, engine))
+def running(engine: ScriptedEngine | Engine, watchdog: Watchdog | None = None) -> Iterator[EngineThread]:
+    thread = EngineThread(cast(Engine, engine), watchdog)
     try:
         yield thread
     finally:

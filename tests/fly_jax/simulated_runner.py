@@ -88,7 +88,8 @@ class SimulatedRunner:
 
     def __init__(self, kv: KVCacheSpec, num_devices: int, base_tp: int, num_slots: int, *, instant: bool) -> None:
         self.instant = instant
-        self.executables = SimpleNamespace(step_seconds={})
+        self.executables = SimulatedExecutables()
+        self.weights, self.pool = SimpleNamespace(resident_bytes=0), SimpleNamespace(nbytes=0)
         self.plans: list[StepPlan] = []
         self.relayouts: list[PackedRelayout] = []
         self.unread: list[SimulatedStep] = []
@@ -198,6 +199,18 @@ def _result(row: ScheduledRow, context: list[int]) -> RowResult:
         scores = own_logprobs(follow, [prompt_score(prompt[: row.start + 2 + index]) for index in range(len(follow))])
     token = TokenLogprob(next_token(context), -1.0) if row.samples else None
     return RowResult(row, token, scores)
+
+
+class SimulatedExecutables:
+    """None at all, with the step times that they would have."""
+
+    compile_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.step_seconds: Mapping[ExecutableKey, float] = {}
+
+    def __len__(self) -> int:
+        return 0
 
 
 class _TextStream:

@@ -16,6 +16,7 @@ import pytest
 from fly_jax.async_engine import AsyncEngine
 from fly_jax.cli import main
 from fly_jax.config import EngineConfig
+from fly_jax.errors import EngineDeadError
 from fly_jax.outputs import SwitchStrategy
 from serving import ServerOptions
 from tests.tiny_models import CASES, write_model
@@ -309,3 +310,14 @@ def test_what_no_browser_sends_as_an_origin_is_one_line(origins: str, capsys: py
     with pytest.raises(SystemExit):
         main(["serve", "x", "--allowed-origins", origins])
     assert "--allowed-origins" in error_line(capsys)
+
+
+def test_a_server_whose_engine_has_failed_ends_with_another_code_than_a_wrong_option(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_start_engine: object, _options: object) -> None:
+        raise EngineDeadError("the engine has failed")
+
+    monkeypatch.setattr("serving.run", fail)
+    assert main(["serve", str(folder)]) == 1
+    assert error_line(capsys) == "fly-jax: error: the engine has failed"

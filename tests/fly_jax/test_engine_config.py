@@ -23,7 +23,14 @@ def test_what_is_no_integer_is_refused_by_name_booleans_too(name: str, value: An
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("gpu_memory_utilization", True), ("gpu_memory_utilization", "0.5"), ("overlap", 1)]
+    ("name", "value"),
+    [
+        ("gpu_memory_utilization", True),
+        ("gpu_memory_utilization", "0.5"),
+        ("engine_timeout", True),
+        ("engine_timeout", "60"),
+        ("overlap", 1),
+    ],
 )
 def test_what_is_no_number_or_flag_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be .*, got {value!r}"):

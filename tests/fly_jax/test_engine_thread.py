@@ -86,7 +86,7 @@ def test_a_switch_that_fails_on_the_devices_ends_the_engine_and_is_answered() ->
         switch = thread.switch("2")
         engine.go_on()
         failing.result(TIMEOUT)
-        with pytest.raises(EngineDeadError, match="device lost"):
+        with pytest.raises(EngineDeadError, match=r"it failed, and its log says why$"):
             switch.result(TIMEOUT)
         assert isinstance(sink.wait()[-1], EngineDeadError)
 
@@ -276,9 +276,9 @@ def test_a_failed_step_ends_every_request_with_its_cause() -> None:
         for sink in sinks:
             last = sink.wait()[-1]
             assert isinstance(last, EngineDeadError)
-            assert "device lost" in str(last)
+            assert str(last) == "the engine has stopped: it failed, and its log says why"
             assert last.__cause__ is error
-        with pytest.raises(EngineDeadError, match="device lost"):
+        with pytest.raises(EngineDeadError, match=r"it failed, and its log says why$"):
             switch.result(TIMEOUT)
         assert not thread.is_alive
 

@@ -231,9 +231,9 @@ def without_such_groups(load: Load, machine: Machine) -> Decision:  # noqa: ARG0
 @pytest.mark.parametrize(
     ("policy", "why"),
     [
-        (raising, "ZeroDivisionError: 1+1+1+1 of 4"),
-        (returning_text, "TypeError: a policy returns a Decision, got '4'"),
-        (without_such_groups, "LayoutError: layout 3+1"),
+        (raising, "ZeroDivisionError"),
+        (returning_text, "TypeError"),
+        (without_such_groups, "LayoutError"),
     ],
 )
 def test_a_policy_that_fails_gives_way_and_nobodys_request_suffers(policy: Any, why: str) -> None:
@@ -244,7 +244,7 @@ def test_a_policy_that_fails_gives_way_and_nobodys_request_suffers(policy: Any, 
     name = simulation.engine.set_policy(policy)
     simulation.run()
     first = next(each for each in decisions if each)
-    assert first.startswith(f"{name} failed ({why}")
+    assert first == f"{name} failed ({why}): load_adaptive takes over"
     assert simulation.engine.control.policy == "load_adaptive"
     assert finished(simulation) == len(QUIET)
     assert simulation.engine_layout == "4"

@@ -110,6 +110,9 @@ class ScriptedEngine:
         self.max_num_queued_reqs = max_num_queued_reqs
         self.sampling_defaults = SamplingDefaults()
         self.is_alive = True
+        self.has_failed = False
+        self.stuck_seconds: float | None = None
+        self._failed = asyncio.Event()
         self.layout = LAYOUTS[0]
         self.policy = "load_adaptive"
         self.can_adapt = True
@@ -206,6 +209,9 @@ class ScriptedEngine:
             raise RuntimeError("secret internals")
         if "@die-midway" in prompt and count == 3:
             raise EngineDeadError("the engine has stopped: the device was lost")
+        if "@fail-engine" in prompt and count == 3:
+            self.fail()
+            raise EngineDeadError("the engine has stopped: it failed, and its log says why")
 
     def _prompt_logprobs(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> PromptLogprobs | None:
         """The likeliest token of every place is ``!``, the token itself comes third, ``?`` between them."""
@@ -259,7 +265,19 @@ class ScriptedEngine:
         self.policy = "static" if policy == "static" else "load_adaptive"
         return self.policy
 
+    async def wait_failed(self) -> None:
+        self._failed = asyncio.Event()  # an engine may be served by several loops, one after the other
+        await self._failed.wait()
+
+    def fail(self) -> None:
+        """As if the engine's loop had failed; on the event loop."""
+        self.is_alive, self.has_failed = False, True
+        self._failed.set()
+
     async def stats(self) -> EngineStats:
+        return self.latest_stats()
+
+    def latest_stats(self) -> EngineStats:
         return EngineStats(
             layout=self.layout,
             target_layout=None,

@@ -38,9 +38,9 @@ class RecallEngine(ScriptedEngine):
             self.answers[task.prompt] = task.answer
         return self.answers[prompt]
 
-    async def stats(self) -> EngineStats:
+    def latest_stats(self) -> EngineStats:
         self.on_stats()
-        return await super().stats()
+        return super().latest_stats()
 
 
 @pytest.fixture

@@ -87,6 +87,36 @@ def test_health_version_and_load(http: httpx.Client) -> None:
     assert set(http.get("/load").json()) == {"server_load"}
 
 
+class Stuck(ScriptedEngine):
+    """Its thread is in a step for ever: nobody who asks it is answered."""
+
+    async def stats(self) -> EngineStats:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+
+def test_a_stuck_engine_is_unhealthy_and_its_counters_are_answered_until_it_goes_on(in_process: Client) -> None:
+    engine = Stuck()
+
+    async def work() -> None:
+        async with in_process(engine) as client:
+            engine.stuck_seconds = 61.4
+            health = await client.get("/health")
+            assert health.status_code == 503
+            error = health.json()["error"]
+            assert (error["type"], error["code"]) == ("server_error", "engine_stuck")
+            assert error["message"].startswith("the engine has finished no step for 61 s although there is work")
+            assert ("vllm:num_requests_running", ()) in samples_of((await client.get("/metrics")).text)
+            assert (await client.get("/layout")).json()["layout"] == "1+1+1+1"
+            engine.stuck_seconds = None
+            assert (await client.get("/health")).status_code == 200
+            engine.is_alive = False
+            dead = await client.get("/health")
+            assert (dead.status_code, dead.json()["error"]["code"]) == (503, "engine_dead")
+
+    asyncio.run(work())
+
+
 def test_schema_is_served(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/layout", "/metrics"} <= set(paths)
@@ -292,17 +322,17 @@ def test_applications_count_apart(in_process: Client) -> None:
     assert samples_of(asyncio.run(work()))["vllm:time_to_first_token_seconds_count", ()] == 0
 
 
-class AwaitableStats(ScriptedEngine):
-    """Statistics that live on another thread, and may be gone with it."""
+class StatsThatEnd(ScriptedEngine):
+    """Statistics that may be gone with the engine."""
 
-    async def stats(self) -> EngineStats:
+    def latest_stats(self) -> EngineStats:
         if not self.is_alive:
             raise EngineDeadError("the engine has stopped")
-        return await super().stats()
+        return super().latest_stats()
 
 
-def test_statistics_may_be_awaited_and_may_be_gone(in_process: Client) -> None:
-    engine = AwaitableStats()
+def test_statistics_may_be_gone(in_process: Client) -> None:
+    engine = StatsThatEnd()
 
     async def work() -> tuple[str, httpx.Response, httpx.Response]:
         async with in_process(engine) as client:

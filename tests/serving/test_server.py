@@ -150,6 +150,22 @@ def test_a_signal_ends_in_an_orderly_shutdown(number: signal.Signals) -> None:
     assert (process.returncode, out, err) == (0, "shut down\n", "")
 
 
+def test_a_server_whose_engine_has_failed_tells_its_clients_and_ends_with_an_error() -> None:
+    command = [sys.executable, "-c", SERVE_SCRIPTED]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = shlex.split(process.stdout.readline())[2]
+        body = {"prompt": "@fail-engine", "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=HANG_SECONDS) as stream:
+            *_, last, done = [line for line in stream.iter_lines() if line]
+        _, err = process.communicate(timeout=HANG_SECONDS)
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["code"], done) == ("engine_dead", "data: [DONE]")
+    assert error["message"] == "the engine has stopped: it failed, and its log says why"
+    assert process.returncode == 1
+    assert "EngineDeadError: the engine has failed, so the server has ended" in err
+
+
 def _refuses(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=HANG_SECONDS).close()
