@@ -91,9 +91,9 @@ class Scheduler:
         if prompt_tokens >= limit:
             could_be = min(self.max_model_len, self.kv.spec.capacity_tokens(self.widest))
             raise ContextLengthError(
-                # Clients know the error by the first words, which are those of OpenAI's API.
+                # litellm knows the error by the first words, OpenAI's, and langchain by "prompt is too long".
                 f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} and needs "
-                f"room for one more: shorten the prompt"
+                f"room for one more, so that the prompt is too long: shorten the prompt"
                 + (f" or switch to a wider layout (up to {could_be})" if could_be > limit else ""),
                 param="prompt",
             )

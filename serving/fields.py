@@ -150,7 +150,7 @@ def parse_template_kwargs(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid("chat_template_kwargs must be an object")
     for name, item in value.items():
-        if not require_text(name, "a name").isidentifier() or name in _RESERVED_TEMPLATE_NAMES:
+        if not require_text(name, "a name").isidentifier() or name in RESERVED_TEMPLATE_NAMES:
             raise invalid(f"{name!r} cannot be set in chat_template_kwargs")
         if isinstance(item, str):
             require_text(item, name)
@@ -159,7 +159,7 @@ def parse_template_kwargs(value: Any) -> dict[str, Any]:
     return value
 
 
-_RESERVED_TEMPLATE_NAMES = frozenset(
+RESERVED_TEMPLATE_NAMES = frozenset(
     {
         "add_generation_prompt",
         "bos_token",

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from fly_jax.sampling_params import MAX_PRIORITY, MAX_SEED, MAX_STOP_STRINGS
-from serving.fields import MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
+from serving.fields import MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, RESERVED_TEMPLATE_NAMES
 from serving.middleware import GENERATING_PATHS, OPEN_PATHS
 from serving.options import ServerOptions
 
@@ -61,6 +61,11 @@ CONTENT_BY_ROLE = {
     "required": ["role"],
     "if": {"properties": {"role": {"const": "assistant"}}},
     "else": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+}
+TEMPLATE_KWARGS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$", "not": {"enum": sorted(RESERVED_TEMPLATE_NAMES)}},
+    "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
 }
 EVENT = {
     "type": "object",
@@ -130,6 +135,9 @@ def _limit(schemas: dict[str, Any], vocab_size: int) -> None:
     schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"] = [{"type": "string"}, token_ids, *several_prompts]
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = token_id
     schemas["TokenizeRequest"]["properties"]["messages"]["anyOf"][0]["minItems"] = 1
+    for name in ("ChatCompletionRequest", "TokenizeRequest"):
+        schemas[name]["properties"]["chat_template_kwargs"]["anyOf"][0] = TEMPLATE_KWARGS
+    schemas["LayoutRequest"]["properties"]["layout"]["anyOf"][0]["minLength"] = 1
     schemas["ChatMessage"]["properties"]["content"] = CONTENT
     schemas["ChatMessage"].update(CONTENT_BY_ROLE)
 

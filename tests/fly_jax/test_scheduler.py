@@ -97,7 +97,7 @@ def test_a_prompt_that_could_never_run_is_refused_with_both_numbers() -> None:
     scheduler.check(99)
     with pytest.raises(
         ContextLengthError,
-        match=r"maximum context length is 100 tokens, but the prompt has 100 and.*shorten the prompt$",
+        match=r"context length is 100 tokens, but the prompt has 100 .*the prompt is too long: shorten the prompt$",
     ):
         scheduler.check(100)
 

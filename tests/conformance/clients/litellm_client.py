@@ -14,12 +14,13 @@ for provider in ("openai", "hosted_vllm"):
     chunks = litellm.completion(messages=messages, temperature=0, max_tokens=16, stream=True, **server)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     expect(f"{provider} streamed chat", text, ANSWER.strip())
-    try:
-        litellm.completion(messages=[{"role": "user", "content": TOO_LONG}], **server)
-    except litellm.ContextWindowExceededError:
-        pass
-    else:
-        raise SystemExit(f"{provider}: a prompt that is too long was accepted")
+    for stream in (False, True):
+        try:
+            litellm.completion(messages=[{"role": "user", "content": TOO_LONG}], stream=stream, **server)
+        except litellm.ContextWindowExceededError:
+            pass
+        else:
+            raise SystemExit(f"{provider}: a prompt that is too long was accepted")
 
 text = litellm.text_completion(
     model=f"text-completion-openai/{MODEL}",
