@@ -109,7 +109,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], options: Server
         responses[status] = {"description": description, "content": content}
     if path == "/health":
         responses["200"] = {"description": "alive"}
-        responses["503"] = {"description": "the engine has stopped"}
+        responses["503"]["description"] = "the engine has stopped, or is stuck"
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in GENERATING_PATHS:

