@@ -189,6 +189,9 @@ REFUSED = {
     "--worker-extension-cls": "code of others is not loaded into the server",
 }
 
+# Refused options that begin so take no value; their --no- forms ask for what is done anyway.
+SWITCH_VERBS = ("--allow-", "--disable-", "--enable-", "--return-", "--skip-", "--trust-")
+
 
 def _note(namespace: argparse.Namespace, option: str | None) -> None:
     namespace.ignored_options = [*getattr(namespace, "ignored_options", []), option]
@@ -216,7 +219,8 @@ class _Refused(argparse.Action):
 
 def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     """Takes the options that ``parser`` has not itself; none of them is in its help."""
-    negated = tuple(f"--no-{name.removeprefix('--')}" for name in HARMLESS_SWITCHES)
+    refused_switches = (name for name in REFUSED if name.startswith(SWITCH_VERBS))
+    negated = tuple(f"--no-{name.removeprefix('--')}" for name in (*HARMLESS_SWITCHES, *refused_switches))
     for names, action, nargs in (
         ((*HARMLESS_SWITCHES, *negated), _Ignored, 0),
         (HARMLESS_VALUES, _Ignored, 1),

@@ -31,7 +31,12 @@ def test_options_that_change_nothing_here_are_one_warning(
 
 
 def test_each_harmless_option_and_each_neutral_value_is_taken(tmp_path: Path, started: list[ServerOptions]) -> None:
-    arguments = [*HARMLESS_SWITCHES, *(f"{name}=1" for name in HARMLESS_VALUES), "--no-enforce-eager"]
+    arguments = [
+        *HARMLESS_SWITCHES,
+        *(f"{name}=1" for name in HARMLESS_VALUES),
+        "--no-enforce-eager",
+        "--no-enable-lora",
+    ]
     arguments += ["--cuda-graph-sizes", "1", "2", "4"]
     arguments += [f"{name}={value}" for name, values in NEUTRAL.items() for value in values]
     assert main(["serve", str(tmp_path), *arguments]) == 0
