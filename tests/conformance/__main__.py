@@ -19,6 +19,7 @@ PROGRAMS = Path(__file__).parent / "clients"
 CLIENT_SECONDS = 240
 INSTALLED_AT_ONCE = 2
 LOG = FOLDER / "server.log"
+LOG_LINES = 30
 NOTE = "note: "
 # All else that a client may read is the caller's: keys, addresses, proxies, caches.
 KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH")
@@ -90,7 +91,8 @@ def _failures(installed: Sequence[tuple[Client, Path]]) -> list[str]:
                 result = "PASSED" if problem is None else "FAILED"
                 _say(f"{result} {client.environment.name} in {time.monotonic() - started:.0f} s")
     except ServerError as error:
-        failures.append(f"the server: {error}; see {LOG}")
+        last = LOG.read_text().splitlines()[-LOG_LINES:]
+        failures.append("\n".join((f"the server: {error}; the end of {LOG}:", *last)))
     return failures
 
 

@@ -131,15 +131,21 @@ def test_it_fails_if_a_client_failed_or_none_ran(
             assert "note: seen\nPASSED a" in told
 
 
-def test_a_server_that_has_failed_fails_the_run(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_has_failed_fails_the_run_with_the_end_of_its_log(
+    programs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     @contextmanager
-    def served(_log: Path) -> Iterator[str]:
+    def served(log: Path) -> Iterator[str]:
+        log.write_text("first\n" + "more\n" * 28 + "why\n")
         yield "http://none"
         raise ServerError("it ended by itself with 1")
 
     (programs / "right.py").touch()
     monkeypatch.setattr(conformance, "served", served)
+    monkeypatch.setattr(conformance, "LOG", programs / "log")
     assert conformance.main([], [Client(Here("a", ()), "right.py")]) == 1
+    assert "first\nmore\n" in (told := capsys.readouterr().out)
+    assert "more\nwhy\n1 clients ran, 0 skipped, 1 failures" in told
 
 
 def test_a_client_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
