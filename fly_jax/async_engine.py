@@ -63,6 +63,10 @@ class AsyncEngine:
         return self.plan.config.max_num_queued_reqs
 
     @property
+    def max_queued_per_client(self) -> int:
+        return self.plan.config.queued_per_client
+
+    @property
     def is_alive(self) -> bool:
         return self._thread.is_alive
 
@@ -99,12 +103,20 @@ class AsyncEngine:
         return self.stats_now().layout
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str | None = None,
     ) -> AsyncIterator[RequestDelta]:
         """Yields what each step adds; closing the iterator aborts the request and frees its blocks.
 
+        Args:
+            client: whose share of the waiting places it takes, any name; None: nobody's.
+
         Raises:
-            InvalidRequestError, ContextLengthError, QueueFullError: before anything is yielded.
+            InvalidRequestError, ContextLengthError, QueueFullError, ClientQueueFullError: before anything is yielded.
             EngineDeadError: the engine has stopped.
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
@@ -115,7 +127,7 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(deltas.put_nowait, item)
 
-        accepted = self._thread.submit(request_id, prompt_token_ids, params, sink)
+        accepted = self._thread.submit(request_id, prompt_token_ids, params, sink, client=client)
         finished = False
         try:
             await asyncio.wrap_future(accepted)

@@ -68,7 +68,7 @@ def serve(options: argparse.Namespace) -> int:
     server = ServerOptions(
         host=options.host,
         port=options.port,
-        api_key=_key(options.api_key, "--api-key", "FLY_JAX_API_KEY"),
+        api_keys=_api_keys(options.api_key),
         admin_key=_key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY"),
         served_model_names=tuple(options.served_model_name or ()),
         allowed_origins=options.allowed_origins,
@@ -128,6 +128,11 @@ def demo(options: argparse.Namespace) -> int:
 
     admin_key = _key(options.admin_key, "--admin-key", "FLY_JAX_ADMIN_KEY")
     return run_demo(options.url, options.requests, admin_key, options.switch_strategy)
+
+
+def _api_keys(given: Sequence[str] | None) -> tuple[str, ...]:
+    keys = [_key(key, "--api-key", "FLY_JAX_API_KEY") for key in given or (None,)]
+    return tuple(key for key in keys if key is not None)
 
 
 def _key(given: str | None, option: str, variable: str) -> str | None:

@@ -45,7 +45,13 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     server.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
-    server.add_argument("--api-key", help="key that /v1 asks for (default: $FLY_JAX_API_KEY)")
+    server.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="keys, one of which /v1 asks for (default: $FLY_JAX_API_KEY)",
+    )
     server.add_argument("--admin-key", help="key that changing the layout asks for (default: $FLY_JAX_ADMIN_KEY)")
     server.add_argument(
         "--served-model-name",
@@ -152,6 +158,19 @@ def _add_engine_limits(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--max-num-queued-reqs", type=int, default=1024, help="requests waiting before 503 (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--max-queued-per-client",
+        type=int,
+        help="of them, requests of one client (a key where there are several, else an address) before 429 "
+        "(default: half of them)",
+    )
+    engine.add_argument(
+        "--allow-request-width",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="requests may set 'tensor_parallel_size', for which the layout changes; --no-: those above 1 are refused "
+        "(default: allowed)",
     )
     engine.add_argument(
         "--engine-timeout",

@@ -58,6 +58,9 @@ class EngineConfig:
         max_num_seqs: most requests running at once in one group.
         max_num_batched_tokens: most tokens one step of one group computes.
         max_num_queued_reqs: most requests waiting; more are refused.
+        max_queued_per_client: most of them that one client may have; None: half of ``max_num_queued_reqs``.
+        allow_request_width: requests may ask for a group of a width, for which the layout changes; False: one that
+            asks for more than 1 is refused.
         engine_timeout: seconds without a finished step, while there is work, after which the engine counts as stuck
             (longer where steps are slow, by their times at warm-up); 0: never.
         block_size: tokens a KV block holds at TP 1.
@@ -87,6 +90,8 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_num_queued_reqs: int = 1024
+    max_queued_per_client: int | None = None
+    allow_request_width: bool = True
     engine_timeout: float = 60.0
     block_size: int = 16
     num_blocks: int | None = None
@@ -119,7 +124,8 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} must be at least max_num_seqs "
                 f"{self.max_num_seqs} + {MIN_PROMPT_TOKENS}: raise one or lower the other"
             )
-        for name in ("devices", "base_tp", "max_model_len", "num_blocks", "device_memory_bytes"):
+        optional = ("devices", "base_tp", "max_model_len", "max_queued_per_client", "num_blocks", "device_memory_bytes")
+        for name in optional:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -130,11 +136,18 @@ class EngineConfig:
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 
+    @property
+    def queued_per_client(self) -> int:
+        """Waiting places that one client may take; never more than there are."""
+        if self.max_queued_per_client is None:
+            return -(-self.max_num_queued_reqs // 2)
+        return min(self.max_queued_per_client, self.max_num_queued_reqs)
+
     def _check_types(self) -> None:
         """Values of the right type; a boolean is no number, though Python counts with it."""
         integers = (
             "devices", "base_tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs",
-            "block_size", "num_blocks", "device_memory_bytes", "optimization_level", "seed",
+            "max_queued_per_client", "block_size", "num_blocks", "device_memory_bytes", "optimization_level", "seed",
         )  # fmt: skip
         for name in integers:
             value = getattr(self, name)
@@ -145,7 +158,8 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"{name} must be a number, got {value!r}")
-        if not isinstance(self.overlap, bool):
-            raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
+        for name in ("overlap", "allow_request_width"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.generation_config, str) or not isinstance(self.override_generation_config, Mapping):
             raise ConfigError("generation_config must be a string and override_generation_config a mapping")

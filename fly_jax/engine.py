@@ -68,6 +68,7 @@ class Engine:
             self.runner,
             max_model_len=plan.max_model_len,
             max_queued=config.max_num_queued_reqs,
+            max_queued_per_client=config.queued_per_client,
             compiled=plan.groups,
             elastic=config.policy != STATIC,
         )
@@ -85,6 +86,7 @@ class Engine:
         self.outputs = OutputProcessor(plan.tokenizer, plan.eos_token_ids)
         self._clock = clock
         self._by_priority = config.scheduling_policy == "priority"
+        self._allow_width = config.allow_request_width
         self._depth = STEPS_IN_FLIGHT if config.overlap else 1
         self._in_flight: deque[_Launched] = deque()  # in order of launch
         self._seeds = random.Random(config.seed)
@@ -227,18 +229,27 @@ class Engine:
     # -- requests ---------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, bounded: bool = True
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        bounded: bool = True,
+        client: str | None = None,
     ) -> None:
         """Queues a request.
 
         Args:
             bounded: refuse it when too many wait already; offline batches have no such limit.
+            client: whose share of the waiting places it takes; None: nobody's.
 
         Raises:
-            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id, too wide a group,
-                a priority where requests run in order of arrival, more stop tokens than ``min_tokens`` can mask.
+            InvalidRequestError: an empty prompt, a token outside the vocabulary, a repeated id, too wide a group or
+                any width where none may be asked for, a priority where requests run in order of arrival, more stop
+                tokens than ``min_tokens`` can mask.
             ContextLengthError: the prompt fits no group that there could be.
             QueueFullError: too many wait already.
+            ClientQueueFullError: too many of this client's wait already.
         """
         if not len(prompt_ids):
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
@@ -251,7 +262,13 @@ class Engine:
                 param="priority",
             )
         min_width = params.tensor_parallel_size or 1
-        self.scheduler.check(len(prompt_ids), min_width, bounded=bounded)
+        if min_width > 1 and not self._allow_width:
+            raise InvalidRequestError(
+                f"tensor_parallel_size {min_width} is refused, for this engine runs with --no-allow-request-width: "
+                "leave it out",
+                param="tensor_parallel_size",
+            )
+        self.scheduler.check(len(prompt_ids), min_width, bounded=bounded, client=client)
         prompt = self._checked_tokens(prompt_ids)
         room = self.scheduler.max_model_len - len(prompt_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
@@ -264,6 +281,7 @@ class Engine:
             arrival=self._clock(),
             min_width=min_width,
             priority=params.priority,
+            client=client,
             end_tokens=end_tokens(params, self.outputs.eos_token_ids, self.model.plan.model_config.vocab_size),
         )
         self.outputs.add(request)

@@ -111,12 +111,19 @@ class EngineThread:
             self._report_failure()
 
     def submit(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, sink: Sink, *, bounded: bool = True
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        bounded: bool = True,
+        client: str | None = None,
     ) -> Future[None]:
-        """Queues a request; the future fails with what :meth:`Engine.add_request` raises."""
+        """Queues a request; arguments, and with what the future may fail, are those of :meth:`Engine.add_request`."""
 
         def add(engine: Engine) -> None:
-            engine.add_request(request_id, prompt_ids, params, bounded=bounded)
+            engine.add_request(request_id, prompt_ids, params, bounded=bounded, client=client)
             self._sinks[request_id] = sink
 
         return self.call(add)

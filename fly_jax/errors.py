@@ -47,5 +47,9 @@ class QueueFullError(FlyJaxError):
     """The engine already has as many waiting requests as it is allowed to queue."""
 
 
+class ClientQueueFullError(QueueFullError):
+    """One client already has as many waiting requests as one client may."""
+
+
 class EngineDeadError(FlyJaxError):
     """The engine's loop has stopped; ``__cause__`` holds why."""

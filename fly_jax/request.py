@@ -34,6 +34,7 @@ class Request:
         max_tokens: those that it may generate where it is now: the limit, or less in a pool that is too small for it.
         min_width: TP degree that it asks for; 1 if it does not.
         priority: lower runs first.
+        client: whose share of the waiting places it takes; None: nobody's.
         order: number of its arrival.
         seed: resolved sampling seed.
         end_tokens: the model's own and the request's stop tokens, none of which comes before ``min_tokens`` others.
@@ -54,6 +55,7 @@ class Request:
     arrival: float
     min_width: int = 1
     priority: int = 0
+    client: str | None = None
     order: int = 0
     end_tokens: tuple[int, ...] = ()
     max_tokens: int = field(init=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Collection, Iterator
 from heapq import nsmallest
 
@@ -18,6 +19,7 @@ class RequestQueue:
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
+        self._of_client: Counter[str] = Counter()
         self._starts_since_turn = 0
 
     def __len__(self) -> int:
@@ -28,9 +30,19 @@ class RequestQueue:
 
     def add(self, request: Request) -> None:
         insort(self._requests, request, key=lambda each: each.rank)
+        if request.client is not None:
+            self._of_client[request.client] += 1
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
+        if request.client is not None:
+            self._of_client[request.client] -= 1
+            if not self._of_client[request.client]:
+                del self._of_client[request.client]  # clients come and go for as long as a server runs
+
+    def count_of(self, client: str) -> int:
+        """How many of one client's requests wait."""
+        return self._of_client[client]
 
     def start(self, request: Request) -> None:
         """Takes out a request because it starts to run."""

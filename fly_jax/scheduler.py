@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
-from fly_jax.errors import ContextLengthError, InvalidRequestError, LayoutError, QueueFullError
+from fly_jax.errors import ClientQueueFullError, ContextLengthError, InvalidRequestError, LayoutError, QueueFullError
 from fly_jax.group_scheduler import GroupScheduler, SchedulerLimits, SlotPool, StepPlan, release
 from fly_jax.kv_cache import KVCacheManager
 from fly_jax.layout import DeviceGroup, Layout
@@ -28,6 +28,7 @@ class Scheduler:
         mover: moves KV between groups.
         max_model_len: context limit in tokens, whatever the layout.
         max_queued: most requests waiting.
+        max_queued_per_client: most requests of one client waiting; None: as many as of all.
         compiled: the groups that layouts may have.
 
     Attributes:
@@ -47,12 +48,14 @@ class Scheduler:
         *,
         max_model_len: int,
         max_queued: int,
+        max_queued_per_client: int | None = None,
         compiled: Collection[DeviceGroup],
         elastic: bool = False,
     ) -> None:
         self.layout = layout
         self.limits, self.kv, self.mover = limits, kv, mover
         self.max_model_len, self.max_queued = max_model_len, max_queued
+        self.max_queued_per_client = max_queued if max_queued_per_client is None else max_queued_per_client
         self.widest = max(group.size for group in compiled)
         self._reach = {group: max(other.size for other in compiled if other.overlaps(group)) for group in compiled}
         self.elastic = elastic
@@ -81,11 +84,11 @@ class Scheduler:
             return self.widest if self.elastic else self.layout.widest
         return self.widest if self.switch.elastic else self.switch.target.widest
 
-    def check(self, prompt_tokens: int, min_width: int = 1, *, bounded: bool = True) -> None:
-        """Refuses a request that could never run, or one too many.
+    def check(self, prompt_tokens: int, min_width: int = 1, *, bounded: bool = True, client: str | None = None) -> None:
+        """Refuses a request that could never run, or one too many, in all or of its client.
 
         Raises:
-            ContextLengthError, InvalidRequestError, QueueFullError: with both numbers.
+            ContextLengthError, InvalidRequestError, QueueFullError, ClientQueueFullError: with both numbers.
         """
         limit = self.context_limit()
         if prompt_tokens >= limit:
@@ -102,6 +105,11 @@ class Scheduler:
                 f"tensor_parallel_size {min_width} is wider than the {self.width_limit()} devices a group may have: "
                 f"ask for less" + (" or switch to a wider layout" if min_width <= self.widest else ""),
                 param="tensor_parallel_size",
+            )
+        if bounded and client is not None and self.waiting.count_of(client) >= self.max_queued_per_client:
+            raise ClientQueueFullError(
+                f"{self.waiting.count_of(client)} of your requests are waiting and at most "
+                f"{self.max_queued_per_client} of one client may: try later"
             )
         if bounded and len(self.waiting) >= self.max_queued:
             raise QueueFullError(

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from fly_jax.errors import ContextLengthError
 from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
+from serving.clients import client_of
 from serving.disconnect import ClientGoneError, unless_disconnected
 from serving.errors import to_api_error
 from serving.generation import Indexed, Job, Outcome, UsageTally, plan, run
@@ -65,7 +66,7 @@ def make_job(
         request_id=job_id,
         discard_output=discard_output,
     )
-    return Job(job_id, int(time.time()), arrival, state.model_name, body, subs)
+    return Job(job_id, client_of(request), int(time.time()), arrival, state.model_name, body, subs)
 
 
 async def answer(request: Request, job: Job, formatter: Formatter) -> Response:

@@ -47,8 +47,8 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
 def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight) -> None:
     """Innermost first: a body is read only for those who may send one, and every error carries its request's id."""
     app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
-    if options.api_key is not None:
-        app.add_middleware(RequireApiKey, api_key=options.api_key)
+    if options.api_keys:
+        app.add_middleware(RequireApiKey, api_keys=options.api_keys)
     app.add_middleware(CountInFlight, in_flight=in_flight)
     app.add_middleware(ErrorBoundary)
     if options.allowed_origins:

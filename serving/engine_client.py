@@ -81,6 +81,9 @@ class EngineClient(Protocol):
     def max_num_queued_reqs(self) -> int: ...
 
     @property
+    def max_queued_per_client(self) -> int: ...
+
+    @property
     def is_alive(self) -> bool: ...
 
     @property
@@ -98,15 +101,23 @@ class EngineClient(Protocol):
         ...
 
     def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str | None = None,
     ) -> AsyncIterator[RequestDelta]:
         """An async generator of what each step adds; closing it aborts the request.
 
         A request that fails inside the engine ends with a delta whose finish reason is ERROR.
 
+        Args:
+            client: whose share of the waiting places it takes; None: nobody's.
+
         Raises:
-            ContextLengthError, InvalidRequestError, QueueFullError, EngineDeadError: at the first step of the
-                iteration, before anything is yielded.
+            ContextLengthError, InvalidRequestError, QueueFullError, ClientQueueFullError, EngineDeadError: at the
+                first step of the iteration, before anything is yielded.
         """
         ...
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Match, Route
 
 from fly_jax.errors import (
+    ClientQueueFullError,
     ContextLengthError,
     EngineDeadError,
     FlyJaxError,
@@ -28,6 +29,7 @@ INVALID_REQUEST = "invalid_request_error"
 AUTHENTICATION = "authentication_error"
 PERMISSION = "permission_error"
 SERVER = "server_error"
+RATE_LIMIT = "rate_limit_error"
 MAX_MESSAGE_CHARS = 1000
 RETRY_AFTER_SECONDS = 1
 
@@ -72,6 +74,9 @@ def to_api_error(exc: BaseException) -> ApiError:
             return ApiError(400, str(exc), param=exc.param)
         case LayoutError():
             return ApiError(400, str(exc), param="layout", code="invalid_layout")
+        case ClientQueueFullError():
+            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            return ApiError(429, str(exc), type=RATE_LIMIT, code="rate_limit_exceeded", headers=headers)
         case QueueFullError():
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return ApiError(503, str(exc), type=SERVER, code="queue_full", headers=headers)

@@ -44,9 +44,14 @@ class SubRequest:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One HTTP request, ready to run; ``arrival`` is on the monotonic clock, ``created`` since the epoch."""
+    """One HTTP request, ready to run; ``arrival`` is on the monotonic clock, ``created`` since the epoch.
+
+    Attributes:
+        client: whose share of the waiting places it takes.
+    """
 
     id: str
+    client: str
     created: int
     arrival: float
     model: str
@@ -113,10 +118,11 @@ def plan(
         InvalidRequestError: more choices than the engine would ever queue, or a stop token id out of range.
     """
     total = len(prompts) * choices_per_prompt
-    if total > engine.max_num_queued_reqs:
-        limit = engine.max_num_queued_reqs
+    limit = engine.max_queued_per_client
+    if total > limit:
         message = (
-            f"{len(prompts)} prompts with n={choices_per_prompt} are more than the {limit} requests that can queue"
+            f"{len(prompts)} prompts with n={choices_per_prompt} are more than the {limit} requests that one client "
+            "can queue: split the request"
         )
         raise InvalidRequestError(message, param="n" if choices_per_prompt > 1 else "prompt")
     check_token_ids(params.stop_token_ids, engine.vocab_size, "stop_token_ids")
@@ -149,28 +155,28 @@ def run(engine: EngineClient, metrics: ServerMetrics, job: Job) -> AsyncGenerato
         RequestFailedError: the engine gave one of the sub-requests up.
         Whatever ``EngineClient.generate`` raises.
     """
-    streams = [_deltas(engine, metrics, sub, job.arrival) for sub in job.subs]
+    streams = [_deltas(engine, metrics, sub, job) for sub in job.subs]
     return streams[0] if len(streams) == 1 else _merge(streams)
 
 
 async def _deltas(
-    engine: EngineClient, metrics: ServerMetrics, sub: SubRequest, arrival: float
+    engine: EngineClient, metrics: ServerMetrics, sub: SubRequest, job: Job
 ) -> AsyncGenerator[Indexed, None]:
-    stream = engine.generate(sub.prompt.token_ids, sub.params, request_id=sub.request_id)
+    stream = engine.generate(sub.prompt.token_ids, sub.params, request_id=sub.request_id, client=job.client)
     last = None
     try:
         async for delta in stream:
             now = time.monotonic()
             if delta.token_ids:
                 if last is None:
-                    metrics.time_to_first_token.observe(now - arrival)
+                    metrics.time_to_first_token.observe(now - job.arrival)
                 else:
                     metrics.inter_token_latency.observe(now - last)
                 last = now
             if delta.finish_reason is FinishReason.ERROR:
                 raise RequestFailedError(delta.error or "the request failed in the engine")
             if delta.finish_reason is not None:
-                metrics.e2e_request_latency.observe(now - arrival)
+                metrics.e2e_request_latency.observe(now - job.arrival)
             yield sub.index, _prompt_only(delta) if sub.discard_output else delta
     finally:
         await _close(stream)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import re
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,20 +109,29 @@ class CountInFlight:
 
 
 class RequireApiKey:
-    """Asks for the API key everywhere but on the open paths, so that a new route is never open by oversight."""
+    """Asks for an API key everywhere but on the open paths, so that a new route is never open by oversight.
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    The number of the key that was given is left in the request's state.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
-        self._api_key = api_key
+        self._api_keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
-        if is_guarded and not same_secret(bearer_token(Headers(scope=scope)), self._api_key):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        given = bearer_token(Headers(scope=scope))
+        # All are compared, so that the time taken does not tell which it was.
+        matches = [same_secret(given, key) for key in self._api_keys]
+        if not any(matches):
             message = "missing or wrong API key: send it as 'Authorization: Bearer KEY'"
             headers = {"WWW-Authenticate": "Bearer"}
             error = ApiError(401, message, type=AUTHENTICATION, code="invalid_api_key", headers=headers)
             await error.response()(scope, receive, send)
             return
+        scope.setdefault("state", {})["api_key_number"] = matches.index(True)
         await self._app(scope, receive, send)
 
 

@@ -116,7 +116,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], options: Server
         responses["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     if path == LAYOUT and method == "post" and options.admin_key is not None:
         operation["security"] = [{"AdminKey": []}, {"AdminKeyHeader": []}]
-    elif path not in OPEN_PATHS and options.api_key is not None:
+    elif path not in OPEN_PATHS and options.api_keys:
         operation["security"] = [{"ApiKey": []}]
 
 
@@ -157,7 +157,9 @@ def _errors(path: str, method: str, options: ServerOptions) -> dict[str, str]:
         errors["400"] = "the body is wrong; param names the field"
     if path.startswith("/v1/models/") or path in GENERATING_PATHS or path in ("/tokenize", "/detokenize"):
         errors["404"] = "there is no such model"
-    if path not in OPEN_PATHS and options.api_key is not None:
+    if path in GENERATING_PATHS:
+        errors["429"] = "too many requests of this client wait: see Retry-After"
+    if path not in OPEN_PATHS and options.api_keys:
         errors["401"] = "the API key is missing or wrong"
     if path == LAYOUT and method == "post":
         errors["401"] = "the admin key is missing or wrong"

@@ -17,7 +17,7 @@ class ServerOptions:
     Attributes:
         host: address to bind; loopback by default, so that nothing is exposed by accident.
         port: 0 takes any free port.
-        api_key: when set, everything but health, version, load, metrics and layout asks for it.
+        api_keys: when there are any, everything but health, version, load, metrics and layout asks for one of them.
         admin_key: when set, changing the layout asks for it; when not, only direct loopback peers may.
         served_model_names: names of the model in requests, the first also in answers; none: the engine's own.
         allowed_origins: web pages of these origins may read answers; ``*``: of any; none: only the server's own.
@@ -27,7 +27,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_key: str | None = field(default=None, repr=False)
     served_model_names: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class ServerOptions:
             raise ConfigError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}")
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes must be at least 1, got {self.max_body_bytes}")
-        for name in ("api_key", "admin_key"):
+        for name, keys in (("api_keys", self.api_keys), ("admin_key", (self.admin_key,))):
             # An empty key would look like protection and let in everyone who sends an empty header.
-            if getattr(self, name) == "":
+            if "" in keys:
                 raise ConfigError(f"{name} must not be empty: leave it out or give a key")

@@ -188,6 +188,6 @@ async def _serve_and_shut_down(engine: EngineClient, options: ServerOptions, soc
 def ready_line(url: str, model_name: str, options: ServerOptions) -> str:
     """One line to paste; a key is named, never shown."""
     body = json.dumps({"model": model_name, "prompt": "Once upon a time", "max_tokens": 32})
-    key = ' -H "Authorization: Bearer $API_KEY"' if options.api_key is not None else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if options.api_keys else ""
     json_header = "-H 'Content-Type: application/json'"
     return f"ready: curl {url}/v1/completions {json_header}{key} -d {shlex.quote(body)}"

@@ -27,6 +27,7 @@ def make_request(
     min_width: int = 1,
     priority: int = 0,
     order: int = 0,
+    client: str | None = None,
     **params: Any,
 ) -> Request:
     """A request of these prompt tokens, or of this many."""
@@ -40,6 +41,7 @@ def make_request(
         min_width=min_width,
         priority=priority,
         order=order,
+        client=client,
     )
 
 

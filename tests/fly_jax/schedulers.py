@@ -38,6 +38,7 @@ def make_scheduler(
     max_num_seqs: int = 4,
     max_model_len: int = 1000,
     max_queued: int = 100,
+    max_queued_per_client: int | None = None,
     patience: int = 512,
     elastic: bool = False,
 ) -> Scheduler:
@@ -48,6 +49,7 @@ def make_scheduler(
         NoMover(),
         max_model_len=max_model_len,
         max_queued=max_queued,
+        max_queued_per_client=max_queued_per_client,
         compiled=all_groups(4, 1),
         elastic=elastic,
     )
@@ -55,7 +57,7 @@ def make_scheduler(
 
 def add(scheduler: Scheduler, *requests: Request) -> None:
     for request in requests:
-        scheduler.check(len(request.prompt_ids), request.min_width)
+        scheduler.check(len(request.prompt_ids), request.min_width, client=request.client)
         scheduler.add(request)
 
 

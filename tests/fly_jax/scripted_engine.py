@@ -48,8 +48,11 @@ class ScriptedEngine:
     def switching(self) -> bool:
         return self.ticket is not None
 
-    def add_request(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, bounded: bool) -> None:
+    def add_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, bounded: bool, client: str | None
+    ) -> None:
         assert bounded
+        assert client is None
         if len(prompt_ids) > 100:
             raise ContextLengthError("too long", param="prompt")
         assert params.max_tokens is not None

@@ -235,6 +235,8 @@ def simulated_engine(
     max_num_batched_tokens: int = 32,
     max_model_len: int = 256,
     max_queued: int = 1024,
+    queued_per_client: int = 1024,
+    allow_request_width: bool = True,
     overlap: bool = True,
     instant: bool = True,
     policy: str = "static",
@@ -253,6 +255,9 @@ def simulated_engine(
     plan = SimpleNamespace(
         config=SimpleNamespace(
             max_num_queued_reqs=max_queued,
+            queued_per_client=queued_per_client,
+            allow_request_width=allow_request_width,
+            engine_timeout=0.0,
             overlap=overlap,
             seed=0,
             policy=policy,

@@ -180,6 +180,12 @@ def test_an_environment_variable_that_is_no_number_is_one_line(
         (["--policy", "load_adaptive"], {"policy": "load_adaptive"}),
         (["--switch-strategy", "hard_preempt"], {"switch_strategy": "hard_preempt"}),
         (["--scheduling-policy", "priority"], {"scheduling_policy": "priority"}),
+        ([], {"max_queued_per_client": None, "queued_per_client": 512, "allow_request_width": True}),
+        (
+            ["--max-queued-per-client", "3", "--no-allow-request-width"],
+            {"queued_per_client": 3, "allow_request_width": False},
+        ),
+        (["--allow-request-width", "--engine-timeout", "2.5"], {"allow_request_width": True, "engine_timeout": 2.5}),
     ],
 )
 def test_options_of_layouts_and_order_reach_the_engine(
@@ -301,6 +307,25 @@ def test_names_and_origins_reach_the_server(
     monkeypatch.setattr("serving.run", lambda _start, options: given.append(options))
     assert main(["serve", str(folder), *arguments]) == 0
     assert [(options.served_model_names, options.allowed_origins) for options in given] == [(names, origins)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        ([], ("of the environment",)),
+        (["--api-key", "a"], ("a",)),
+        (["--api-key", "a", "b"], ("a", "b")),
+        (["--api-key", "a", "--api-key", "b"], ("a", "b")),
+    ],
+)
+def test_keys_reach_the_server(
+    arguments: list[str], keys: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[ServerOptions] = []
+    monkeypatch.setenv("FLY_JAX_API_KEY", "of the environment")
+    monkeypatch.setattr("serving.run", lambda _start, options: given.append(options))
+    assert main(["serve", str(folder), *arguments]) == 0
+    assert [options.api_keys for options in given] == [keys]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fly_jax.errors import ConfigError
 
 INTEGERS = (
     "devices", "base_tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs",
-    "block_size", "num_blocks", "device_memory_bytes", "optimization_level", "seed",
+    "max_queued_per_client", "block_size", "num_blocks", "device_memory_bytes", "optimization_level", "seed",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def test_what_is_no_integer_is_refused_by_name_booleans_too(name: str, value: An
         ("engine_timeout", True),
         ("engine_timeout", "60"),
         ("overlap", 1),
+        ("allow_request_width", 0),
     ],
 )
 def test_what_is_no_number_or_flag_is_refused_by_name(name: str, value: Any) -> None:
@@ -39,3 +40,18 @@ def test_what_is_no_number_or_flag_is_refused_by_name(name: str, value: Any) -> 
 
 def test_integers_of_numpy_are_integers() -> None:
     assert EngineConfig(Path("model"), seed=np.int64(3)).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("waiting", "of_one", "share"), [(1024, None, 512), (1, None, 1), (3, None, 2), (8, 5, 5), (8, 20, 8)]
+)
+def test_one_client_may_have_half_of_the_waiting_places_unless_told_otherwise(
+    waiting: int, of_one: int | None, share: int
+) -> None:
+    config = EngineConfig(Path("model"), max_num_queued_reqs=waiting, max_queued_per_client=of_one)
+    assert config.queued_per_client == share
+
+
+def test_a_share_of_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_queued_per_client must be at least 1, got 0"):
+        EngineConfig(Path("model"), max_queued_per_client=0)

@@ -55,7 +55,7 @@ def live_server(engine: EngineClient, options: ServerOptions | None = None) -> I
     if failures:
         raise failures[0]
     [handle] = handles
-    key = options.api_key or "none"
+    key = options.api_keys[0] if options.api_keys else "none"
     client = openai.OpenAI(base_url=f"{handle.url}/v1", api_key=key, max_retries=0, timeout=HANG_SECONDS)
     try:
         with httpx.Client(base_url=handle.url, timeout=HANG_SECONDS) as http, client:

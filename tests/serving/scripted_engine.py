@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fly_jax.errors import (
+    ClientQueueFullError,
     ConfigError,
     ContextLengthError,
     EngineDeadError,
@@ -107,7 +108,7 @@ class ScriptedEngine:
     def __init__(self, *, max_model_len: int = 512, max_num_queued_reqs: int = 64) -> None:
         self.tokenizer = ByteTokenizer()
         self.max_model_len = max_model_len
-        self.max_num_queued_reqs = max_num_queued_reqs
+        self.max_num_queued_reqs = self.max_queued_per_client = max_num_queued_reqs
         self.sampling_defaults = SamplingDefaults()
         self.is_alive = True
         self.has_failed = False
@@ -120,6 +121,7 @@ class ScriptedEngine:
         self.running = 0
         self.aborted: list[str] = []
         self.params: dict[str, SamplingParams] = {}
+        self.clients: dict[str, str | None] = {}
         self.finished: dict[str, int] = {}
         self.switch_reports: list[SwitchReport] = []
         self.prompt_tokens = 0
@@ -127,12 +129,18 @@ class ScriptedEngine:
         self.is_shut_down = False
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str | None = None,
     ) -> AsyncIterator[RequestDelta]:
         request_id = request_id or "unnamed"
         prompt = self.tokenizer.decode(prompt_token_ids)
         self._admit(prompt, prompt_token_ids, params)
         self.params[request_id] = params
+        self.clients[request_id] = client
         self.running += 1
         self.prompt_tokens += len(prompt_token_ids)
         is_finished = False
@@ -154,6 +162,8 @@ class ScriptedEngine:
             raise EngineDeadError("the engine has stopped: the device was lost")
         if "@queue-full" in prompt:
             raise QueueFullError("64 requests are waiting, the most allowed: try again later")
+        if "@client-full" in prompt:
+            raise ClientQueueFullError("32 of your requests are waiting and at most 32 of one client may: try later")
         if "@crash-at-start" in prompt:
             raise RuntimeError("secret internals")
         if (params.tensor_parallel_size or 1) > WIDEST:

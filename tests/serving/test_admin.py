@@ -12,7 +12,7 @@ from serving.admin import MAX_HISTORY, is_loopback
 from tests.serving.scripted_engine import ScriptedEngine
 
 Client = Callable[..., httpx.AsyncClient]
-KEYED = ServerOptions(api_key="user", admin_key="boss")
+KEYED = ServerOptions(api_keys=("user",), admin_key="boss")
 
 
 def post_layout(

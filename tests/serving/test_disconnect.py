@@ -21,12 +21,13 @@ def started(engine: ScriptedEngine, request_id: str) -> int:
     return sum(request_id in name for name in engine.params)
 
 
-def post_raw(server: LiveServer, path: str, body: dict[str, Any]) -> socket.socket:
+def post_raw(server: LiveServer, path: str, body: dict[str, Any], key: str = "none") -> socket.socket:
     """Sends a request and hands over the connection, to be closed at will."""
     content = json.dumps(body).encode()
     connection = socket.create_connection((server.handle.host, server.handle.port), timeout=HANG_SECONDS)
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
     )
     connection.sendall(head.encode() + content)
     return connection

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from serving import ServerOptions
+from tests.serving.live import LiveServer
 from tests.serving.scripted_engine import ScriptedEngine
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -153,6 +154,17 @@ def test_queue_full(http: httpx.Client) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_its_share_of_the_queue_is_told_as_of_a_rate_limit(server: LiveServer, stream: bool) -> None:
+    answer = server.http.post(COMPLETIONS, json={"prompt": "@client-full", "stream": stream})
+    error = error_of(answer)
+    assert (answer.status_code, error["type"], error["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
+    assert error["message"] == "32 of your requests are waiting and at most 32 of one client may: try later"
+    assert int(answer.headers["retry-after"]) >= 1
+    with pytest.raises(openai.RateLimitError):
+        server.openai.completions.create(model="scripted", prompt="@client-full", stream=stream)
+
+
 @pytest.mark.parametrize("prompt", ["@crash-at-start", "@crash-midway", ["hi", "@crash-midway"]])
 def test_the_unexpected_leaks_nothing(http: httpx.Client, prompt: Any) -> None:
     answer = http.post(COMPLETIONS, json={"prompt": prompt})
@@ -184,7 +196,7 @@ def test_dead_engine(in_process: Callable[..., httpx.AsyncClient]) -> None:
 
     answer, health = asyncio.run(ask())
     assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_dead")
-    assert (health.status_code, health.content) == (503, b"")
+    assert (health.status_code, error_of(health)["code"]) == (503, "engine_dead")
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", COMPLETIONS, 405)])

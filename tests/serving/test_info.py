@@ -140,6 +140,7 @@ def test_the_schema_promises_the_errors_that_there_are() -> None:
             assert ("404" in responses) == (
                 path.startswith(("/v1/chat", "/v1/comp", "/v1/models/")) or "tokenize" in path
             )
+            assert ("429" in responses) == (path in ("/v1/completions", "/v1/chat/completions"))
     assert set(document["paths"]["/layout"]["post"]["responses"]) >= {"401", "403", "415"}
     assert not {"HTTPValidationError", "ValidationError"} & set(document["components"]["schemas"])
 
@@ -159,7 +160,7 @@ def test_the_schema_knows_media_types_and_limits() -> None:
 
 
 def test_the_schema_asks_for_the_keys_that_the_server_asks_for() -> None:
-    paths = document_of(ServerOptions(api_key="key", admin_key="other"))["paths"]
+    paths = document_of(ServerOptions(api_keys=("key",), admin_key="other"))["paths"]
     assert paths["/v1/completions"]["post"]["security"] == [{"ApiKey": []}]
     assert paths["/layout"]["post"]["security"] == [{"AdminKey": []}, {"AdminKeyHeader": []}]
     assert "security" not in paths["/health"]["get"]

@@ -9,7 +9,7 @@ import pytest
 from serving import ServerOptions
 
 Client = Callable[..., httpx.AsyncClient]
-KEYED = ServerOptions(api_key="key")
+KEYED = ServerOptions(api_keys=("key", "key of another"))
 
 
 def ask(
@@ -40,7 +40,7 @@ def test_probes_need_no_key(in_process: Client, path: str) -> None:
     assert ask(in_process, "GET", path, {}, KEYED).status_code == 200
 
 
-@pytest.mark.parametrize("given", ["Bearer key", "bearer key", "Bearer  key "])
+@pytest.mark.parametrize("given", ["Bearer key", "bearer key", "Bearer  key ", "Bearer key of another"])
 def test_the_key_opens(in_process: Client, given: str) -> None:
     assert ask(in_process, "GET", "/v1/models", {"Authorization": given}, KEYED).status_code == 200
 
@@ -62,7 +62,7 @@ def test_the_headers_id_names_the_answer(http: httpx.Client) -> None:
 
 
 def test_keys_do_not_show_in_the_options() -> None:
-    assert "secret" not in repr(ServerOptions(api_key="secret-1", admin_key="secret-2"))
+    assert "secret" not in repr(ServerOptions(api_keys=("secret-1",), admin_key="secret-2"))
 
 
 PAGE = {"Origin": "https://page.example"}
@@ -81,7 +81,7 @@ def test_pages_of_other_origins_read_nothing_by_default(in_process: Client) -> N
 def test_pages_of_allowed_origins_ask_before_they_have_shown_a_key(
     in_process: Client, allowed: tuple[str, ...], answered: str | None
 ) -> None:
-    options = ServerOptions(api_key="key", allowed_origins=allowed)
+    options = ServerOptions(api_keys=("key",), allowed_origins=allowed)
     preflight = ask(in_process, "OPTIONS", "/v1/completions", PREFLIGHT, options)
     refused = ask(in_process, "GET", "/v1/models", PAGE, options)
     assert preflight.status_code == (400 if answered is None else 200)

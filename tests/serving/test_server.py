@@ -71,7 +71,7 @@ def test_an_address_that_is_not_ours(host: str) -> None:
         {"port": 65536},
         {"shutdown_timeout": -1},
         {"max_body_bytes": 0},
-        {"api_key": ""},
+        {"api_keys": ("key", "")},
         {"admin_key": ""},
     ],
 )
@@ -81,7 +81,7 @@ def test_bad_options(arguments: dict[str, Any]) -> None:
 
 
 def test_the_ready_line_can_be_pasted() -> None:
-    line = ready_line("http://127.0.0.1:8000", 'it\'s "mine"', ServerOptions(api_key="hidden"))
+    line = ready_line("http://127.0.0.1:8000", 'it\'s "mine"', ServerOptions(api_keys=("hidden",)))
     words = shlex.split(line)
     assert words[:3] == ["ready:", "curl", "http://127.0.0.1:8000/v1/completions"]
     assert json.loads(words[-1])["model"] == 'it\'s "mine"'

@@ -31,7 +31,12 @@ class NextTokens(ScriptedEngine):
         self.tokenizer = LLAMA  # type: ignore[assignment]
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str | None = None,  # noqa: ARG002
     ) -> AsyncIterator[RequestDelta]:
         request = make_request(prompt_token_ids, name=request_id or "r")
         request.params, request.max_tokens = params, len(self.reply)
