@@ -195,6 +195,11 @@ class AsyncEngine:
         return self._thread.stats().result()
 
     async def shutdown(self) -> None:
+        """Aborts what is left and ends the engine.
+
+        Raises:
+            EngineDeadError: the engine is stuck, and ends with the process.
+        """
         await asyncio.to_thread(self._thread.shutdown)
 
     def close(self) -> None:

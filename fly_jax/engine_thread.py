@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # How long a command is waited for when requests can only wait too: what they wait for may be a matter of time alone.
 STALL_SECONDS = 0.001
+# How often whoever waits for the thread's end asks whether it is stuck.
+JOIN_SECONDS = 1.0
 
 T = TypeVar("T")
 Command = Callable[[Engine], None]
@@ -198,13 +200,21 @@ class EngineThread:
         return done
 
     def shutdown(self) -> None:
-        """Aborts what is left and ends the thread; safe to call twice."""
+        """Aborts what is left and ends the thread; safe to call twice.
+
+        Raises:
+            EngineDeadError: the thread is stuck, so that it would be waited for for ever; it ends with the process.
+        """
         with self._lock:
             if not self._stopping:
                 self._stopping = True
                 self._commands.put(None)
         self.watchdog.end()
-        self._thread.join()
+        self._thread.join(JOIN_SECONDS)
+        while self._thread.is_alive():
+            if (seconds := self.watchdog.stuck_seconds()) is not None:
+                raise EngineDeadError(f"the engine has finished no step for {seconds:.0f} s and is left as it is")
+            self._thread.join(JOIN_SECONDS)
 
     # -- on the engine's thread -------------------------------------------------------------------------------
 

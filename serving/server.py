@@ -160,7 +160,8 @@ def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> Non
 
     Raises:
         ConfigError: the port cannot be had; raised before the engine is started.
-        EngineDeadError: the engine failed by itself; clients have been told and the server has ended.
+        EngineDeadError: the engine failed by itself, or was stuck at the end; clients have been told and the server has
+            ended.
         Whatever ``start_engine`` raises.
     """
     sock = bind(options.host, options.port)

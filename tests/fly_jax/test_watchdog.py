@@ -89,6 +89,21 @@ def test_a_blocked_step_is_seen_its_place_is_logged_once_and_it_recovers(caplog:
     assert again == "the engine finishes steps again"
 
 
+def test_a_stuck_engine_is_not_waited_for_at_shutdown() -> None:
+    watchdog, clock = make()
+    engine = ScriptedEngine(held=True)
+    with running(engine, watchdog) as thread:
+        sink = submit(thread, "a")
+        engine.wait_for_step()
+        clock.now = 61.0
+        with pytest.raises(EngineDeadError, match="has finished no step for 61 s and is left as it is"):
+            thread.shutdown()
+        clock.now = 0.0
+        engine.go_on()
+        thread.shutdown()
+        assert isinstance(sink.items[-1], EngineDeadError), "once it goes on, it ends as asked"
+
+
 def test_passes_that_finish_no_step_count_as_none() -> None:
     """Requests that wait for ever, in a loop that turns, are as stuck as those of a blocked step."""
     watchdog, clock = make()
@@ -102,6 +117,7 @@ def test_passes_that_finish_no_step_count_as_none() -> None:
         while engine.steps < turns + 3:
             thread.call(lambda _: None).result(TIMEOUT)
         assert watchdog.stuck_seconds() is not None
+        clock.now = 0.0
 
 
 def test_a_thread_of_its_own_watches_and_ends_with_the_engine() -> None:
