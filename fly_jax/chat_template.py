@@ -18,7 +18,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fly_jax.errors import CheckpointError, InvalidRequestError
-from fly_jax.models.config import read_json
+from fly_jax.json_files import read_json
 
 MAX_TEMPLATE_OUTPUT = 4 * 1024 * 1024
 MAX_TEMPLATE_SECONDS = 3.0
@@ -43,7 +43,11 @@ class ChatTemplate:
             self._compiled = environment.from_string(source)
         except (TemplateError, RecursionError) as error:
             raise CheckpointError(f"the model's chat template is not valid Jinja: {error}") from error
-        self._special_tokens = special_tokens
+        self._source, self._special_tokens = source, special_tokens
+
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, Mapping[str, str]]]:
+        """A compiled template cannot be pickled; its source can."""
+        return type(self), (self._source, self._special_tokens)
 
     @classmethod
     def load(cls, folder: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:

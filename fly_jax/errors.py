@@ -38,6 +38,21 @@ class InvalidRequestError(FlyJaxError):
 class ContextLengthError(InvalidRequestError):
     """A prompt (plus what it must generate) is longer than the engine can hold."""
 
+    @classmethod
+    def of_prompt(cls, limit: int, tokens: str, *, hint: str = "", param: str = "prompt") -> ContextLengthError:
+        """
+        Args:
+            limit: most tokens of prompt and output together.
+            tokens: how many the prompt has.
+            hint: what else may be done.
+        """
+        # litellm knows the error by the first words, OpenAI's, and langchain by "prompt is too long".
+        message = (
+            f"This model's maximum context length is {limit} tokens, but the prompt has {tokens} and needs room for "
+            f"one more, so that the prompt is too long: shorten the prompt{hint}"
+        )
+        return cls(message, param=param)
+
 
 class RequestFailedError(FlyJaxError):
     """The engine gave up on this one request; the others go on."""

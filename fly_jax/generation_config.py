@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.errors import ConfigError, InvalidRequestError
-from fly_jax.models.config import read_json
+from fly_jax.json_files import read_json
 from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 
 FILE = "generation_config.json"

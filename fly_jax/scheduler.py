@@ -93,13 +93,8 @@ class Scheduler:
         limit = self.context_limit()
         if prompt_tokens >= limit:
             could_be = min(self.max_model_len, self.kv.spec.capacity_tokens(self.widest))
-            raise ContextLengthError(
-                # litellm knows the error by the first words, OpenAI's, and langchain by "prompt is too long".
-                f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} and needs "
-                f"room for one more, so that the prompt is too long: shorten the prompt"
-                + (f" or switch to a wider layout (up to {could_be})" if could_be > limit else ""),
-                param="prompt",
-            )
+            hint = f" or switch to a wider layout (up to {could_be})" if could_be > limit else ""
+            raise ContextLengthError.of_prompt(limit, str(prompt_tokens), hint=hint)
         if min_width > self.width_limit():
             raise InvalidRequestError(
                 f"tensor_parallel_size {min_width} is wider than the {self.width_limit()} devices a group may have: "

@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from fly_jax.chat_template import ChatTemplate
 from fly_jax.errors import CheckpointError, InvalidRequestError
-from fly_jax.models.config import read_json
+from fly_jax.json_files import read_json
+from fly_jax.longest_token import longest_token
 from fly_jax.special_tokens import special_tokens_of
 from fly_jax.text_stream import PromptEnd, TextStream
 from fly_jax.token_bytes import TokenBytes
@@ -51,6 +52,7 @@ class Tokenizer:
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._token_bytes = TokenBytes(tokenizer)
+        self._longest_token = longest_token(tokenizer)
         self._token_texts: dict[int, str] = {}
 
     @staticmethod
@@ -87,7 +89,13 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Of the library's ways only those for batches let other threads run meanwhile.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def fewest_tokens(self, characters: int) -> int:
+        """No text of so many characters has fewer tokens; 0 where that cannot be known."""
+        return 0 if self._longest_token is None else -(-characters // self._longest_token)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -15,18 +15,16 @@ from fly_jax.errors import ContextLengthError
 from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
 from serving.clients import client_of
-from serving.disconnect import ClientGoneError, unless_disconnected
+from serving.disconnect import ClientGoneError, client_gone, unless_disconnected
 from serving.errors import to_api_error
 from serving.generation import Indexed, Job, Outcome, UsageTally, plan, run
-from serving.prompts import EncodedPrompt
 from serving.protocol import GenerationBody
+from serving.reading import EncodedPrompt
 from serving.responses import Answer, ChatCompletionChunk, Completion, Usage
 from serving.state import ServerState, state_of
 from serving.streaming import DONE, EventStream, Primed, error_event, event
 
 Chunk = Completion | ChatCompletionChunk
-# Nobody reads it, but logs and tests do: nginx's number for a client that closed the connection.
-CLIENT_CLOSED_REQUEST = 499
 
 
 class Formatter(Protocol):
@@ -87,7 +85,7 @@ async def answer(request: Request, job: Job, formatter: Formatter) -> Response:
         # The engine knows prompts only; the client is told the field it sent.
         raise ContextLengthError(str(error), param=job.body.prompt_field) from error
     except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return client_gone()
 
 
 async def _collect(state: ServerState, job: Job, formatter: Formatter) -> Answer:

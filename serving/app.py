@@ -11,6 +11,7 @@ from fly_jax import __version__
 from serving import admin, chat, completions, info, tokenization
 from serving.engine_client import EngineClient
 from serving.errors import install_error_handlers
+from serving.large_bodies import LargeBodies, ReadingProcess
 from serving.metrics import ServerMetrics
 from serving.middleware import (
     REQUEST_ID_HEADER,
@@ -23,6 +24,7 @@ from serving.middleware import (
 )
 from serving.openapi import openapi_of
 from serving.options import ServerOptions
+from serving.reading import Reader
 from serving.state import ServerState
 
 
@@ -34,7 +36,9 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
     # The documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json. A redirect would be
     # written from the Host header, which is the client's.
     app = FastAPI(title="fly-jax", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.server = ServerState(engine, options, metrics, in_flight, started=int(time.time()))
+    reader = Reader(engine.tokenizer, engine.max_model_len, engine.vocab_size)
+    large_bodies = LargeBodies(ReadingProcess(reader))
+    app.state.server = ServerState(engine, options, metrics, in_flight, int(time.time()), reader, large_bodies)
     routers = [module.router for module in (completions, chat, info, tokenization, admin)]
     for router in routers:
         app.include_router(router)

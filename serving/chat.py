@@ -13,7 +13,6 @@ from serving.answer import answer, make_job
 from serving.engine_client import TokenizerClient
 from serving.generation import Job, Outcome
 from serving.logprobs import TokenNames, chat_logprobs, prompt_logprob_maps
-from serving.prompts import encode_chat
 from serving.protocol import ChatCompletionRequest
 from serving.responses import (
     ChatAnswerMessage,
@@ -25,9 +24,10 @@ from serving.responses import (
     ChatLogprobs,
     Usage,
 )
+from serving.routes import BodyRoute, result_of
 from serving.state import state_of
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -36,13 +36,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     state = state_of(request)
     state.check_model(body.model)
     params = body.sampling_params(state.engine.sampling_defaults)
-    prompt = await encode_chat(
-        state.engine,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        template_kwargs=body.chat_template_kwargs,
-    )
-    job = make_job(request, body, [prompt], params, prefix="chatcmpl", arrival=arrival)
+    prompts = await result_of(request, body)
+    job = make_job(request, body, prompts, params, prefix="chatcmpl", arrival=arrival)
     return await answer(request, job, ChatFormatter(job, body, state.engine.tokenizer))
 
 

@@ -13,12 +13,12 @@ from serving.answer import answer, make_job
 from serving.engine_client import TokenizerClient
 from serving.generation import Job, Outcome, SubRequest
 from serving.logprobs import CompletionLogprobWriter, TokenNames, prompt_logprob_maps
-from serving.prompts import encode_prompts, require_tokens
 from serving.protocol import CompletionRequest
 from serving.responses import Completion, CompletionChoice, Usage
+from serving.routes import BodyRoute, result_of
 from serving.state import state_of
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/completions", response_model=Completion)
@@ -27,9 +27,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     state = state_of(request)
     state.check_model(body.model)
     params = body.sampling_params(state.engine.sampling_defaults)
-    add_special_tokens = body.add_special_tokens is not False
-    prompts = await encode_prompts(state.engine, body.prompts, add_special_tokens=add_special_tokens)
-    require_tokens(prompts)
+    prompts = await result_of(request, body)
     job = make_job(request, body, prompts, params, prefix="cmpl", arrival=arrival, discard_output=body.only_prompt)
     return await answer(request, job, CompletionFormatter(job, body, state.engine.tokenizer))
 

@@ -6,13 +6,20 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from starlette.responses import Response
 from starlette.types import Receive
 
 T = TypeVar("T")
+# Nobody reads it, but logs and tests do: nginx's number for a client that closed the connection.
+CLIENT_CLOSED_REQUEST = 499
 
 
 class ClientGoneError(Exception):
     """The client closed the connection before there was an answer."""
+
+
+def client_gone() -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -25,12 +25,16 @@ class TextStreamClient(Protocol):
 
 
 class TokenizerClient(Protocol):
-    """Text to token ids and back. Called from several threads at once."""
+    """Text to token ids and back. Called from several threads at once; can be pickled."""
 
     @property
     def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str, /, add_special_tokens: bool = True) -> Sequence[int]: ...
+
+    def fewest_tokens(self, characters: int, /) -> int:
+        """No text of so many characters has fewer tokens; 0 where that cannot be known."""
+        ...
 
     def decode(self, token_ids: Sequence[int], /, skip_special_tokens: bool = True) -> str: ...
 

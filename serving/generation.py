@@ -16,8 +16,8 @@ from fly_jax.prompt_logprobs import PromptLogprobs
 from fly_jax.sampling_params import MAX_SEED, SamplingParams
 from serving.engine_client import EngineClient
 from serving.metrics import ServerMetrics
-from serving.prompts import EncodedPrompt, check_token_ids
 from serving.protocol import GenerationBody
+from serving.reading import EncodedPrompt, check_token_ids
 from serving.responses import PromptTokensDetails, Usage
 
 Indexed = tuple[int, RequestDelta]

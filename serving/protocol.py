@@ -54,6 +54,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
     unsupported: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
+    no_content: ClassVar[Mapping[str, Any]] = {}
+
+    def without_content(self) -> Self:
+        """A copy with nothing in the fields that may be large."""
+        return self.model_copy(update=self.no_content)
 
     @model_validator(mode="before")
     @classmethod
@@ -148,6 +153,7 @@ class CompletionRequest(GenerationBody):
     """``POST /v1/completions``."""
 
     unsupported: ClassVar[Mapping[str, Callable[[Any], bool]]] = UNSUPPORTED_COMPLETION
+    no_content: ClassVar[Mapping[str, Any]] = {"prompt": ()}
 
     prompt: PromptsField
     logprobs: TopLogprobs | None = None
@@ -214,6 +220,7 @@ class ChatCompletionRequest(GenerationBody):
 
     unsupported: ClassVar[Mapping[str, Callable[[Any], bool]]] = UNSUPPORTED_CHAT
     prompt_field: ClassVar[str] = "messages"
+    no_content: ClassVar[Mapping[str, Any]] = {"messages": []}
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int64 | None = None
@@ -246,6 +253,7 @@ class TokenizeRequest(Body):
     """``POST /tokenize``: either a text or messages."""
 
     model_config = ConfigDict(json_schema_extra=_one_of("prompt", "messages"))
+    no_content: ClassVar[Mapping[str, Any]] = {"prompt": "", "messages": None}
 
     model: str | None = None
     prompt: str | None = None
@@ -263,6 +271,8 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     """``POST /detokenize``."""
+
+    no_content: ClassVar[Mapping[str, Any]] = {"tokens": []}
 
     model: str | None = None
     tokens: list[Integer]

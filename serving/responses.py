@@ -125,3 +125,17 @@ class ModelCard(BaseModel):
 class ModelList(Answer):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Tokenized(BaseModel):
+    """``POST /tokenize``."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Detokenized(BaseModel):
+    """``POST /detokenize``."""
+
+    prompt: str

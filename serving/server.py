@@ -126,8 +126,9 @@ async def serve(
     Raises:
         ConfigError: the port was taken between binding and listening.
     """
+    app = create_app(engine, options)
     config = uvicorn.Config(
-        create_app(engine, options),
+        app,
         # h11 bounds the size of headers.
         http="h11",
         ws="none",
@@ -146,6 +147,7 @@ async def serve(
         await server.serve(sockets=[sock])
     finally:
         watcher.cancel()
+        app.state.server.large_bodies.close()
 
 
 async def _stop_when_failed(engine: EngineClient, server: HttpServer) -> None:

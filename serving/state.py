@@ -8,9 +8,11 @@ from fastapi import Request
 
 from serving.engine_client import EngineClient
 from serving.errors import ApiError
+from serving.large_bodies import LargeBodies
 from serving.metrics import ServerMetrics
 from serving.middleware import InFlight
 from serving.options import ServerOptions
+from serving.reading import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class ServerState:
     metrics: ServerMetrics
     in_flight: InFlight
     started: int
+    reader: Reader
+    large_bodies: LargeBodies
 
     @property
     def model_names(self) -> tuple[str, ...]:

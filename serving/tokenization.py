@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
 from fastapi import APIRouter, Request
+from starlette.responses import Response
 
-from serving.prompts import check_token_ids, encode_chat, encode_prompts
 from serving.protocol import DetokenizeRequest, TokenizeRequest
+from serving.responses import Detokenized, Tokenized
+from serving.routes import BodyRoute, result_of
 from serving.state import state_of
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
-    state = state_of(request)
-    state.check_model(body.model)
-    if body.messages:
-        encoded = await encode_chat(
-            state.engine,
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            template_kwargs=body.chat_template_kwargs,
-        )
-    else:
-        add_special_tokens = body.add_special_tokens is not False
-        [encoded] = await encode_prompts(state.engine, [body.prompt or ""], add_special_tokens=add_special_tokens)
-    tokens = list(encoded.token_ids)
-    return {"count": len(tokens), "max_model_len": state.engine.max_model_len, "tokens": tokens}
+@router.post("/tokenize", response_model=Tokenized)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    state_of(request).check_model(body.model)
+    return Response(await result_of(request, body), media_type="application/json")
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
-    state = state_of(request)
-    state.check_model(body.model)
-    check_token_ids(body.tokens, state.engine.vocab_size, "tokens")
-    text = await asyncio.to_thread(state.engine.tokenizer.decode, body.tokens, skip_special_tokens=False)
-    return {"prompt": text}
+@router.post("/detokenize", response_model=Detokenized)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    state_of(request).check_model(body.model)
+    return Response(await result_of(request, body), media_type="application/json")

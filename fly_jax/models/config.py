@@ -5,13 +5,13 @@ Everything that changes the numbers is read or refused by name; nothing is guess
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fly_jax.errors import CheckpointError, ConfigError
+from fly_jax.errors import ConfigError
+from fly_jax.json_files import read_json
 from fly_jax.models.config_fields import refuse_unsupported
 from fly_jax.models.rope import RopeConfig, parse_rope, positive_number
 
@@ -105,23 +105,6 @@ class ModelConfig:
             rope=parse_rope(raw, head_dim, max_positions),
             dtype=_dtype(raw),
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: missing, unreadable or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: give a Hugging Face folder or one made by fly-jax convert") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:

@@ -56,6 +56,9 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ([BOS] if add_special_tokens else []) + list(text.encode("utf-8"))
 
+    def fewest_tokens(self, characters: int) -> int:
+        return characters
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         parts, pending = [], bytearray()
         for token in token_ids:

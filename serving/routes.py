@@ -1,0 +1,71 @@
+"""Routes whose bodies are read wherever they stall nobody, by their size."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, get_type_hints
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from serving.disconnect import ClientGoneError, client_gone, unless_disconnected
+from serving.large_bodies import LARGE_BYTES
+from serving.protocol import Body, ChatCompletionRequest
+from serving.reading import Reading
+from serving.state import state_of
+
+# A shorter one is read on the event loop: the way to a thread and back costs more than the work.
+INLINE_BYTES = 4096
+
+
+class ReadRequest(Request):
+    """A request whose large body another process has read."""
+
+    def __init__(self, request: Request, reading: Reading) -> None:
+        super().__init__(request.scope, request.receive)
+        self.reading = reading
+
+    async def body(self) -> bytes:
+        return b"{}"  # it is long gone; to the framework it is one that is not empty
+
+    async def json(self) -> Any:
+        return self.reading.body
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes its ``body`` as one of those that :class:`serving.reading.Reader` reads."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        model: type[Body] = get_type_hints(self.endpoint)["body"]
+
+        async def read_first(request: Request) -> Response:
+            # The framework keeps its own request, and a body that was read through it, as long as the answer lasts.
+            reader = Request(request.scope, request.receive)
+            if len(await reader.body()) < LARGE_BYTES or "json" not in reader.headers.get("content-type", "").lower():
+                return await handle(reader)
+            reading = state_of(request).large_bodies.read(model, await reader.body())
+            del reader
+            try:
+                return await handle(ReadRequest(request, await unless_disconnected(request.receive, reading)))
+            except ClientGoneError:
+                return client_gone()
+
+        return read_first
+
+
+async def result_of(request: Request, body: Body) -> Any:
+    """What :meth:`serving.reading.Reader.read` makes of the body.
+
+    Raises:
+        InvalidRequestError, ContextLengthError: the body asks for what cannot be.
+    """
+    if isinstance(request, ReadRequest):
+        return request.reading.result
+    reader = state_of(request).reader
+    # A template is a program of the model's.
+    if len(await request.body()) < INLINE_BYTES and not isinstance(body, ChatCompletionRequest):
+        return reader.read(body)
+    return await asyncio.to_thread(reader.read, body)
