@@ -70,7 +70,9 @@ class Endless(SimulatedRunner):
 @pytest.fixture
 def engine() -> Iterator[AsyncEngine]:
     """One request runs, as there are blocks for no more, and of each client two may wait."""
-    simulated, _ = simulated_engine(layout="4", num_blocks=1, max_queued=8, queued_per_client=2, runner_type=Endless)
+    simulated, _ = simulated_engine(
+        layout="4", num_blocks=1, max_queued=8, queued_per_client=2, patience=10**9, runner_type=Endless
+    )
     plan = simulated.model.plan
     plan.sampling_defaults, plan.config.model = SamplingDefaults(), Path("simulated")  # type: ignore[misc]
     engine = AsyncEngine(simulated.model)
