@@ -20,6 +20,7 @@ from fly_jax.cli_options import (
 )
 from fly_jax.config import EngineConfig
 from fly_jax.errors import ConfigError, EngineDeadError, FlyJaxError
+from fly_jax.log_limit import LogLimit
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices, secret
 from fly_jax.vllm_options import add_vllm_options, warn_of_ignored
 
@@ -58,11 +59,13 @@ def _configure_logging(level: str) -> None:
     )
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(own)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogLimit())
 
 
 def serve(options: argparse.Namespace) -> int:
     """Binds the port, loads the model, serves until a signal."""
-    from serving import ServerOptions, run
+    from serving import ConnectionLimits, ServerOptions, run
 
     warn_of_ignored(options)
     server = ServerOptions(
@@ -73,6 +76,13 @@ def serve(options: argparse.Namespace) -> int:
         served_model_names=tuple(options.served_model_name or ()),
         allowed_origins=options.allowed_origins,
         shutdown_timeout=options.shutdown_timeout,
+        connections=ConnectionLimits(
+            connections=options.limit_concurrency,
+            keep_alive=options.timeout_keep_alive,
+            headers=options.timeout_headers,
+            body=options.timeout_body,
+            reading=options.timeout_reading,
+        ),
     )
     config = _engine_config(options)
     configure_devices(config.devices or DEFAULT_DEVICES)

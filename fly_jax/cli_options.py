@@ -66,6 +66,22 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="web pages that may read answers (CORS): a JSON list of origins, or one origin; '*': all (default: none)",
     )
     server.add_argument(
+        "--limit-concurrency",
+        type=int,
+        default=2048,
+        help="connections open at once; one more is told so and closed, unless it asks for /health "
+        "(default: %(default)s)",
+    )
+    for name, seconds, what in (
+        ("keep-alive", 5, "that a connection may be idle between two requests"),
+        ("headers", 10, "until the headers of a request are complete"),
+        ("body", 30, "until its body is complete, and one more for every 16 KiB that have come"),
+        ("reading", 60, "for which a client may read nothing of an answer that waits for it"),
+    ):
+        server.add_argument(
+            f"--timeout-{name}", type=float, default=seconds, help=f"seconds {what} (default: %(default)s)"
+        )
+    server.add_argument(
         "--shutdown-timeout", type=int, default=10, help="seconds that open requests get to end (default: %(default)s)"
     )
 

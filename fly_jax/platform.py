@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -141,3 +142,13 @@ def host_memory_bytes() -> int:
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total
+
+
+def raise_file_limit(wanted: int) -> int:
+    """Lets this process open so many files, or as many as its hard limit has; returns how many it may now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted if soft == resource.RLIM_INFINITY else soft
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed

@@ -7,8 +7,9 @@ bound socket inside an event loop; ``run`` does everything from binding the port
 from __future__ import annotations
 
 from serving.app import create_app
+from serving.connections import ConnectionLimits
 from serving.engine_client import EngineClient
 from serving.options import ServerOptions
 from serving.server import bind, run, serve
 
-__all__ = ["EngineClient", "ServerOptions", "bind", "create_app", "run", "serve"]
+__all__ = ["ConnectionLimits", "EngineClient", "ServerOptions", "bind", "create_app", "run", "serve"]

@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fly_jax import __version__
 from serving import admin, chat, completions, info, tokenization
+from serving.connections import ConnectionCounts
 from serving.engine_client import EngineClient
 from serving.errors import install_error_handlers
 from serving.large_bodies import LargeBodies, ReadingProcess
@@ -19,6 +20,7 @@ from serving.middleware import (
     ErrorBoundary,
     InFlight,
     LimitBody,
+    OnlyHealth,
     RequestId,
     RequireApiKey,
 )
@@ -32,28 +34,32 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
     """An application that serves one engine; it neither starts the engine nor shuts it down."""
     options = options or ServerOptions()
     in_flight = InFlight()
-    metrics = ServerMetrics(options.model_names(engine)[0])
+    connections = ConnectionCounts()
+    metrics = ServerMetrics(options.model_names(engine)[0], connections)
     # The documentation pages load scripts from elsewhere; the schema itself stays at /openapi.json. A redirect would be
     # written from the Host header, which is the client's.
     app = FastAPI(title="fly-jax", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     reader = Reader(engine.tokenizer, engine.max_model_len, engine.vocab_size)
     large_bodies = LargeBodies(ReadingProcess(reader))
-    app.state.server = ServerState(engine, options, metrics, in_flight, int(time.time()), reader, large_bodies)
+    app.state.server = ServerState(
+        engine, options, metrics, in_flight, int(time.time()), reader, large_bodies, connections
+    )
     routers = [module.router for module in (completions, chat, info, tokenization, admin)]
     for router in routers:
         app.include_router(router)
     install_error_handlers(app, [route for router in routers for route in router.routes])
     app.openapi = openapi_of(app, options, engine.vocab_size)  # type: ignore[method-assign]
-    _add_middleware(app, options, in_flight)
+    _add_middleware(app, options, in_flight, connections)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight) -> None:
+def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight, connections: ConnectionCounts) -> None:
     """Innermost first: a body is read only for those who may send one, and every error carries its request's id."""
     app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
     if options.api_keys:
         app.add_middleware(RequireApiKey, api_keys=options.api_keys)
     app.add_middleware(CountInFlight, in_flight=in_flight)
+    app.add_middleware(OnlyHealth, counts=connections)
     app.add_middleware(ErrorBoundary)
     if options.allowed_origins:
         # Outside the key: a browser asks with no key what it may send. Without credentials, so that any origin is safe.

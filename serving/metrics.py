@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from fly_jax.outputs import EngineStats, FinishReason, SwitchReport, SwitchStrategy
 from fly_jax.policy import DecisionKind
+from serving.connections import ConnectionCounts
 
 MODEL = "model_name"
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -29,13 +30,14 @@ DECISIONS = (*(kind.value for kind in DecisionKind if kind is not DecisionKind.H
 
 
 class EngineCollector(Collector):
-    """The engine's own counters and gauges, from the statistics that the scrape has just read."""
+    """Counters and gauges: of the connections, and the engine's own from the statistics that the scrape has read."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, connections: ConnectionCounts) -> None:
         self.stats: EngineStats | None = None
-        self._model = model_name
+        self._model, self._connections = model_name, connections
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._of_connections(self._connections)
         stats = self.stats
         if stats is None:
             return
@@ -46,6 +48,13 @@ class EngineCollector(Collector):
         yield self._info("fly:policy_info", "1 for the layout policy in force.", "policy", stats.policy)
         if stats.last_switch is not None:
             yield from self._last_switch(stats.last_switch)
+
+    def _of_connections(self, counts: ConnectionCounts) -> Iterator[Metric]:
+        yield self._gauge("fly:http_connections", "Open connections.", counts.open)
+        yield self._counter("fly:http_connections_refused", "Connections beyond the limit.", counts.refused)
+        timed_out = {str(phase): count for phase, count in counts.timed_out.items()}
+        text = "Connections closed by what they kept the server waiting for."
+        yield self._labelled_counter("fly:http_connections_timed_out", text, "phase", timed_out)
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("vllm:num_requests_running", "Requests being computed.", stats.running)
@@ -119,9 +128,9 @@ class ServerMetrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, connections: ConnectionCounts) -> None:
         self._registry = CollectorRegistry()
-        self._engine = EngineCollector(model_name)
+        self._engine = EngineCollector(model_name, connections)
         self._registry.register(self._engine)
         self.time_to_first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token.", model_name, TTFT_BUCKETS

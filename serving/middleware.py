@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import AUTHENTICATION, ApiError, shutting_down, to_api_error
+from serving.connections import RESERVED_PLACE, ConnectionCounts
+from serving.errors import AUTHENTICATION, RETRY_AFTER_SECONDS, SERVER, ApiError, shutting_down, to_api_error
 
 REQUEST_ID_HEADER = "X-Request-Id"
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -83,6 +84,25 @@ class ErrorBoundary:
                 raise
             error = shutting_down() if isinstance(exc, asyncio.CancelledError) else to_api_error(exc)
             await error.response()(scope, receive, send)
+
+
+class OnlyHealth:
+    """Answers nothing but ``/health`` on connections beyond the limit."""
+
+    def __init__(self, app: ASGIApp, counts: ConnectionCounts) -> None:
+        self._app = app
+        self._counts = counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or RESERVED_PLACE not in scope.get("state", {}) or scope["path"] == "/health":
+            await self._app(scope, receive, send)
+            return
+        self._counts.refused += 1
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS), "Connection": "close"}
+        error = ApiError(
+            503, "too many connections: try later", type=SERVER, code="too_many_connections", headers=headers
+        )
+        await error.response()(scope, receive, send)
 
 
 class InFlight:

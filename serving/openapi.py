@@ -149,9 +149,10 @@ def _several(item: dict[str, Any], at_least: int, at_most: int) -> dict[str, Any
 def _errors(path: str, method: str, options: ServerOptions) -> dict[str, str]:
     """Descriptions by status."""
     errors = {
+        "408": "the request came too slowly",
         "413": f"the body is larger than {options.max_body_bytes} bytes",
         "500": "a fault of the server's",
-        "503": "the queue is full, the server shuts down, or the engine has stopped",
+        "503": "the queue or the server is full, it shuts down, or the engine has stopped",
     }
     if method == "post":
         errors["400"] = "the body is wrong; param names the field"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fly_jax.errors import ConfigError
+from serving.connections import ConnectionLimits
 from serving.engine_client import EngineClient
 
 MIB = 1024 * 1024
@@ -23,6 +24,7 @@ class ServerOptions:
         allowed_origins: web pages of these origins may read answers; ``*``: of any; none: only the server's own.
         shutdown_timeout: seconds that open requests get to end after a stop signal.
         max_body_bytes: a longer request body is refused with 413.
+        connections: how many there may be, and how slow.
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +35,7 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = ()
     shutdown_timeout: int = 10
     max_body_bytes: int = 16 * MIB
+    connections: ConnectionLimits = ConnectionLimits()
 
     def model_names(self, engine: EngineClient) -> tuple[str, ...]:
         return self.served_model_names or (engine.model_name,)

@@ -18,7 +18,9 @@ import uvicorn
 
 from fly_jax.errors import ConfigError, EngineDeadError
 from serving.app import create_app
+from serving.connections import BACKLOG
 from serving.engine_client import EngineClient
+from serving.http_protocol import HttpConfig
 from serving.options import ServerOptions
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -127,10 +129,11 @@ async def serve(
         ConfigError: the port was taken between binding and listening.
     """
     app = create_app(engine, options)
-    config = uvicorn.Config(
+    config = HttpConfig(
         app,
-        # h11 bounds the size of headers.
-        http="h11",
+        options.connections,
+        app.state.server.connections,
+        backlog=BACKLOG,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from serving.connections import ConnectionCounts
 from serving.engine_client import EngineClient
 from serving.errors import ApiError
 from serving.large_bodies import LargeBodies
@@ -26,6 +27,7 @@ class ServerState:
     started: int
     reader: Reader
     large_bodies: LargeBodies
+    connections: ConnectionCounts
 
     @property
     def model_names(self) -> tuple[str, ...]:
