@@ -20,6 +20,7 @@ from serving.middleware import (
     ErrorBoundary,
     InFlight,
     LimitBody,
+    OneByOne,
     OnlyHealth,
     RequestId,
     RequireApiKey,
@@ -60,6 +61,7 @@ def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight, c
         app.add_middleware(RequireApiKey, api_keys=options.api_keys)
     app.add_middleware(CountInFlight, in_flight=in_flight)
     app.add_middleware(OnlyHealth, counts=connections)
+    app.add_middleware(OneByOne)
     app.add_middleware(ErrorBoundary)
     if options.allowed_origins:
         # Outside the key: a browser asks with no key what it may send. Without credentials, so that any origin is safe.

@@ -14,13 +14,14 @@ from fly_jax.platform import raise_file_limit
 logger = logging.getLogger(__name__)
 
 # Connections that the kernel holds for us; so many may be accepted before the first of them is looked at.
-BACKLOG = 128
-# Beyond the limit, so that health can be asked for: an answer that there is no place needs a connection too.
-RESERVED = 32
+BACKLOG = 256
+# Beyond the limit, so that health can be asked for: an answer that there is no place needs a connection too. As many as
+# may be accepted in one go, or a flood would push out those that ask before they are heard.
+RESERVED = BACKLOG
 # In a request's state: its connection is one of those.
 RESERVED_PLACE = "reserved_place"
 # Files for models, logs and the engine, and for connections that were accepted and will be refused.
-_OTHER_FILES = 3 * BACKLOG + 128
+_OTHER_FILES = 2 * BACKLOG + 128
 
 
 class Phase(StrEnum):

@@ -16,6 +16,7 @@ from serving.connections import RESERVED_PLACE, ConnectionCounts
 from serving.errors import AUTHENTICATION, RETRY_AFTER_SECONDS, SERVER, ApiError, shutting_down, to_api_error
 
 REQUEST_ID_HEADER = "X-Request-Id"
+HEALTH = "/health"
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 # Probes and scrapers have no key; /layout has a guard of its own.
 OPEN_PATHS = frozenset({"/health", "/version", "/load", "/metrics", "/layout"})
@@ -86,6 +87,20 @@ class ErrorBoundary:
             await error.response()(scope, receive, send)
 
 
+class OneByOne:
+    """Lets one request a pass of the event loop in, so that a thousand at once hold up neither streams nor health."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != HEALTH:
+            async with self._turn:
+                await asyncio.sleep(0)
+        await self._app(scope, receive, send)
+
+
 class OnlyHealth:
     """Answers nothing but ``/health`` on connections beyond the limit."""
 
@@ -94,7 +109,7 @@ class OnlyHealth:
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or RESERVED_PLACE not in scope.get("state", {}) or scope["path"] == "/health":
+        if scope["type"] != "http" or RESERVED_PLACE not in scope.get("state", {}) or scope["path"] == HEALTH:
             await self._app(scope, receive, send)
             return
         self._counts.refused += 1

@@ -194,14 +194,14 @@ def test_connections_beyond_the_limit_are_closed_sooner() -> None:
 
 def test_there_are_never_more_connections_than_files() -> None:
     program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 600))\n"
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1200))\n"
         "from serving import ConnectionLimits\n"
         "print(ConnectionLimits().places(), resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "56 (600, 600)\n"
-    assert "at most 56 connections, not the 2048 of --limit-concurrency" in done.stderr
-    assert "they need 2592 open files and this process may have 600: raise ulimit -n" in done.stderr
+    assert done.stdout == "304 (1200, 1200)\n"
+    assert "at most 304 connections, not the 2048 of --limit-concurrency" in done.stderr
+    assert "they need 2944 open files and this process may have 1200: raise ulimit -n" in done.stderr
 
 
 @pytest.mark.parametrize(

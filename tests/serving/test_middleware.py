@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from serving import ServerOptions
+from serving.middleware import OneByOne
 
 Client = Callable[..., httpx.AsyncClient]
 KEYED = ServerOptions(api_keys=("key", "key of another"))
@@ -94,3 +98,30 @@ def test_pages_of_allowed_origins_ask_before_they_have_shown_a_key(
 def test_a_page_of_an_allowed_origin_changes_no_layout(in_process: Client) -> None:
     headers = {**PAGE, "Content-Type": "application/json"}
     assert ask(in_process, "POST", "/layout", headers, ServerOptions(allowed_origins=("*",))).status_code == 403
+
+
+def test_requests_that_come_at_once_are_let_in_one_a_pass_and_health_passes_by() -> None:
+    entered: list[str] = []
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        entered.append(scope["path"])
+
+    async def nothing(*_: object) -> Any:
+        raise AssertionError("nobody reads or writes")
+
+    async def work() -> None:
+        gate = OneByOne(app)
+        scopes = [{"type": "http", "path": f"/{number}"} for number in range(50)] + [
+            {"type": "http", "path": "/health"}
+        ]
+        tasks = [asyncio.create_task(gate(scope, nothing, nothing)) for scope in scopes]
+        seen = []
+        while len(entered) < len(scopes):
+            await asyncio.sleep(0)
+            seen.append(len(entered))
+        assert entered[0] == "/health"
+        assert entered[1:] == [scope["path"] for scope in scopes[:-1]]
+        assert max(after - before for before, after in pairwise(seen)) == 1
+        await asyncio.gather(*tasks)
+
+    asyncio.run(work())
