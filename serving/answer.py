@@ -50,7 +50,6 @@ def make_job(
     params: SamplingParams,
     *,
     prefix: str,
-    arrival: float,
     discard_output: bool = False,
 ) -> Job:
     """The body's own request id wins over the header's, and both over a new one."""
@@ -64,7 +63,7 @@ def make_job(
         request_id=job_id,
         discard_output=discard_output,
     )
-    return Job(job_id, client_of(request), int(time.time()), arrival, state.model_name, body, subs)
+    return Job(job_id, client_of(request), int(time.time()), request.state.arrival, state.model_name, body, subs)
 
 
 async def answer(request: Request, job: Job, formatter: Formatter) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
@@ -32,12 +31,11 @@ router = APIRouter(route_class=BodyRoute)
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-    arrival = time.monotonic()
     state = state_of(request)
     state.check_model(body.model)
     params = body.sampling_params(state.engine.sampling_defaults)
     prompts = await result_of(request, body)
-    job = make_job(request, body, prompts, params, prefix="chatcmpl", arrival=arrival)
+    job = make_job(request, body, prompts, params, prefix="chatcmpl")
     return await answer(request, job, ChatFormatter(job, body, state.engine.tokenizer))
 
 

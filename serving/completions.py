@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
@@ -23,12 +22,11 @@ router = APIRouter(route_class=BodyRoute)
 
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
-    arrival = time.monotonic()
     state = state_of(request)
     state.check_model(body.model)
     params = body.sampling_params(state.engine.sampling_defaults)
     prompts = await result_of(request, body)
-    job = make_job(request, body, prompts, params, prefix="cmpl", arrival=arrival, discard_output=body.only_prompt)
+    job = make_job(request, body, prompts, params, prefix="cmpl", discard_output=body.only_prompt)
     return await answer(request, job, CompletionFormatter(job, body, state.engine.tokenizer))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import re
+import time
 import uuid
 from collections.abc import Sequence
 
@@ -37,7 +38,10 @@ def bearer_token(headers: Headers) -> str:
 
 
 class RequestId:
-    """Gives each request an id: the client's own where it is a plain one, else a new one; the answer carries it."""
+    """Notes when a request came, and its id: the client's own where it is a plain one, else a new one.
+
+    The answer carries the id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -48,7 +52,7 @@ class RequestId:
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrival=time.monotonic())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

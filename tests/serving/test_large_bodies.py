@@ -4,9 +4,11 @@ import asyncio
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ from fly_jax.errors import InvalidRequestError, QueueFullError, RequestFailedErr
 from serving import create_app
 from serving.large_bodies import LARGE_BYTES, Job, LargeBodies, ReadingProcess
 from serving.protocol import CompletionRequest
-from serving.reading import Reader, Reading
+from serving.reading import EncodedPrompt, Reader, Reading
 from tests.serving.live import HANG_SECONDS, eventually
 from tests.serving.scripted_engine import VOCAB_SIZE, ByteTokenizer, ScriptedEngine
 
@@ -150,9 +152,14 @@ def test_work_for_a_body_of_some_size_leaves_the_event_loop() -> None:
 
 
 class HeldProcess:
-    """Reads nothing until it is let go."""
+    """Reads nothing until it is let go.
 
-    def __init__(self) -> None:
+    Args:
+        reading: what comes of it then; None: an error.
+    """
+
+    def __init__(self, reading: Reading | None = None) -> None:
+        self._reading = reading
         self.go_on = threading.Event()
         self.jobs: list[bytes] = []
         self.is_running = False
@@ -160,7 +167,9 @@ class HeldProcess:
     def read(self, job: Job) -> Reading:
         self.jobs.append(job.data)
         assert self.go_on.wait(HANG_SECONDS)
-        raise InvalidRequestError("read at last")
+        if self._reading is None:
+            raise InvalidRequestError("read at last")
+        return self._reading
 
     def end(self) -> None:
         pass
@@ -240,6 +249,26 @@ def test_a_client_that_leaves_while_its_body_waits_frees_its_place(held: HeldPro
         return int(sent[0]["status"])
 
     assert asyncio.run(work()) == 499
+
+
+def test_the_time_to_the_first_token_begins_before_a_large_body_is_read() -> None:
+    reading = Reading(CompletionRequest(prompt="hi", max_tokens=1), [EncodedPrompt([104, 105])])
+    held = HeldProcess(reading)
+
+    async def work() -> None:
+        application = Application(ScriptedEngine(), lane_of(held))
+        answer = asyncio.create_task(application.post(COMPLETIONS, {"prompt": "hi"} | PADDING))
+        assert await asyncio.to_thread(eventually, lambda: len(held.jobs) == 1)
+        began = time.monotonic()
+        await asyncio.sleep(0.05)
+        waited = time.monotonic() - began
+        held.go_on.set()
+        assert (await answer).status_code == 200
+        text = application.app.state.server.metrics.render(None).decode()
+        [seconds] = re.findall(r"time_to_first_token_seconds_sum\S+ (\S+)", text)
+        assert float(seconds) >= waited
+
+    asyncio.run(work())
 
 
 @pytest.fixture
