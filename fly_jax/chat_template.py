@@ -24,6 +24,8 @@ MAX_TEMPLATE_OUTPUT = 4 * 1024 * 1024
 MAX_TEMPLATE_SECONDS = 3.0
 _MAX_INTEGER_BITS = 1 << 16
 
+# As in transformers: ``is not none``, by which templates ask for them, holds for a name that is not defined.
+_NOT_GIVEN = {"tools": None, "documents": None}
 _TIMED_FILTER = "fly_jax_timed"
 # In seconds of this thread's CPU time, so that a busy machine refuses nothing that an idle one renders.
 _deadline: ContextVar[float] = ContextVar("deadline")
@@ -69,7 +71,7 @@ class ChatTemplate:
         """
         previous = _deadline.set(time.thread_time() + MAX_TEMPLATE_SECONDS)
         try:
-            return self._render(messages=list(messages), **self._special_tokens, **variables)
+            return self._render(**{**_NOT_GIVEN, **self._special_tokens, **variables, "messages": list(messages)})
         except InvalidRequestError:
             raise
         except Exception as error:  # what a template can run into has no bound: division by zero, endless recursion

@@ -44,17 +44,17 @@ class OutputProcessor:
         """Takes one sampled token (already in ``request.output_ids``) and says what it adds and whether it ends."""
         stream = self._streams[request.request_id]
         reason, stop_reason = self._stop_by_token(request, sampled.token_id)
+        counts = len(request.output_ids) > request.params.min_tokens
         text, stop_string = "", None
         if reason is None:
-            text = stream.text.push(sampled.token_id)
-            if len(request.output_ids) > request.params.min_tokens:
-                text, stop_string = stream.stops.push(sampled.token_id, text)
-            if stop_string is not None:
-                reason, stop_reason = FinishReason.STOP, stop_string
+            text, stop_string = stream.stops.push(sampled.token_id, stream.text.push(sampled.token_id), counts)
         if reason is None and len(request.output_ids) >= request.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None and stop_string is None:
-            text += stream.stops.flush(stream.text.flush())
+            rest, stop_string = stream.stops.flush(stream.text.flush(), counts)
+            text += rest
+        if stop_string is not None:
+            reason, stop_reason = FinishReason.STOP, stop_string
         return RequestDelta(
             request.request_id,
             text=text,

@@ -19,17 +19,23 @@ class _Begun:
         # Of each beginning of the stop string that has been reached: the longest shorter one that it ends with.
         self._borders = [0]
 
-    def push(self, text: str) -> int | None:
-        """Where in this text the first complete stop string begins, below 0 before it; None: there is none."""
+    def push(self, text: str, counts: bool) -> int | None:
+        """Where in this text the first complete stop string begins, below 0 before it; None: there is none.
+
+        Args:
+            counts: whether one that is complete in this text is found; else its end may still begin another.
+        """
         stop, length, borders = self.stop, self.length, self._borders
         if not length and stop[0] not in text:
             return None
         for end, character in enumerate(text, 1):
             length = self._extend(length, character)
-            if length == len(stop):
-                return end - length
             if length > len(borders):
                 borders.append(self._extend(borders[-1], character))
+            if length == len(stop):
+                if counts:
+                    return end - length
+                length = borders[-1]
         self.length = length
         return None
 
@@ -46,11 +52,16 @@ class StopMatcher:
         self._begun = tuple(map(_Begun, stops))
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that is certain, and the stop string if one is complete (nothing from it on is emitted)."""
+    def push(self, text: str, counts: bool = True) -> tuple[str, str | None]:
+        """Text that is certain, and the stop string if one is complete (nothing from it on is emitted).
+
+        Args:
+            counts: False: one that is complete in this text ends nothing, as before ``min_tokens``; one that only
+                begins in it may end what follows.
+        """
         if not self._begun:
             return text, None
-        found = [(start, each.stop) for each in self._begun if (start := each.push(text)) is not None]
+        found = [(start, each.stop) for each in self._begun if (start := each.push(text, counts)) is not None]
         known = self._held + text
         if found:
             start, stop = min(found, key=lambda match: match[0])
@@ -92,18 +103,20 @@ class StopFinder:
                 self._stop_of[marked] = stop
         self._marked, self._plain = StopMatcher(tuple(self._stop_of)), StopMatcher(stops)
 
-    def push(self, token_id: int, text: str) -> tuple[str, str | None]:
+    def push(self, token_id: int, text: str, counts: bool = True) -> tuple[str, str | None]:
         """As :meth:`StopMatcher.push`, with the token that gave the text."""
-        certain, marked = self._marked.push(text + self._marks.get(token_id, ""))
-        visible, stop = self._plain.push(certain.translate(self._unmarked))
+        certain, marked = self._marked.push(text + self._marks.get(token_id, ""), counts)
+        visible, stop = self._plain.push(certain.translate(self._unmarked), counts)
         if stop is not None or marked is None:
             return visible, stop
         return visible + self._plain.flush(), self._stop_of[marked]
 
-    def flush(self, text: str) -> str:
-        """The rest, with the last text, up to a stop string."""
-        certain, marked = self._marked.push(text)
+    def flush(self, text: str, counts: bool = True) -> tuple[str, str | None]:
+        """The rest, with the last text, and the stop string if that completes one."""
+        certain, marked = self._marked.push(text, counts)
         if marked is None:
             certain += self._marked.flush()
-        visible, stop = self._plain.push(certain.translate(self._unmarked))
-        return visible if stop is not None else visible + self._plain.flush()
+        visible, stop = self._plain.push(certain.translate(self._unmarked), counts)
+        if stop is not None:
+            return visible, stop
+        return visible + self._plain.flush(), None if marked is None else self._stop_of[marked]

@@ -146,6 +146,28 @@ def test_no_stop_is_honoured_before_min_tokens(processor: OutputProcessor, min_t
     assert last.finish_reason is FinishReason.STOP
 
 
+@given(text=st.text("ab", min_size=1, max_size=12), stop=st.text("ab", min_size=1, max_size=4), data=st.data())
+def test_a_stop_string_counts_where_it_is_complete(
+    tokenizer: Tokenizer, text: str, stop: str, data: st.DataObject
+) -> None:
+    """As in vLLM, one that begins before ``min_tokens`` ends the request; one that is complete by then does not."""
+    min_tokens = data.draw(st.integers(0, len(text)))
+    request = make_request(stop=(stop,), min_tokens=min_tokens, max_tokens=len(text))
+    deltas = push_all(OutputProcessor(tokenizer, frozenset()), request, byte_tokens(text))
+    end = next((n for n in range(min_tokens + 1, len(text) + 1) if text[:n].endswith(stop)), None)
+    if end is None:
+        assert (text_of(deltas), deltas[-1].finish_reason) == (text, FinishReason.LENGTH)
+    else:
+        assert (text_of(deltas), deltas[-1].stop_reason) == (text[: end - len(stop)], stop)
+        assert deltas[-1].num_output_tokens == end
+
+
+def test_a_stop_string_in_the_last_text_is_the_reason_for_the_end(processor: OutputProcessor) -> None:
+    """A token may hold a letter and the beginning of a character that never comes."""
+    deltas = push_all(processor, make_request(stop=("\ufffd",), max_tokens=2), byte_tokens("a\u20ac")[:2])
+    assert (text_of(deltas), deltas[-1].finish_reason, deltas[-1].stop_reason) == ("a", FinishReason.STOP, "\ufffd")
+
+
 def test_a_stop_token_ends_the_request_and_is_not_part_of_the_text(processor: OutputProcessor) -> None:
     deltas = push_all(processor, make_request(stop_token_ids=(ord("c"),), max_tokens=9), byte_tokens("abcd"))
     assert text_of(deltas) == "ab"

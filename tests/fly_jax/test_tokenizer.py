@@ -229,6 +229,11 @@ class TestChatTemplate:
         )
         assert render(tmp_path, template, MESSAGES * 3, x=7) == "Hi7"
 
+    def test_tools_and_documents_are_none_where_there_are_none(self, tmp_path: Path) -> None:
+        """The value is that of transformers 5.24 and 4.57; Mistral's templates write tools where this is not so."""
+        template = "{{ tools is defined and documents is defined }}{% if tools is not none %}[TOOLS]{% endif %}"
+        assert render(tmp_path, template) == "True"
+
     def test_a_template_may_refuse_messages(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError, match="refused the messages: roles must alternate") as caught:
             render(tmp_path, "{{ raise_exception('roles must alternate') }}")
