@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 from fly_jax import __version__
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 2 for anything that the user can mend, 1 if the engine failed."""
+    """Runs one command; returns the exit code: 2 for what the user can mend, 1 if the engine or a prompt failed."""
     options = _parser().parse_args(arguments)
     _configure_logging(options.log_level or ("info" if options.command is serve else "warning"))
     command: Command = options.command
@@ -103,14 +103,18 @@ def generate(options: argparse.Namespace) -> int:
     from fly_jax.llm import LLM
     from fly_jax.sampling_params import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.request_seed
-    )
+    given = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.request_seed}
+    if options.top_p is not None:
+        given["top_p"] = options.top_p
+    SamplingParams(**given)  # a wrong one is refused before anything is loaded
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
     with LLM(**_engine_options(options), progress=not options.quiet) as llm:
-        for output in llm.generate(prompts, params):
-            print(f"{output.prompt}{output.text}")
-    return 0
+        outputs = llm.generate(prompts, replace(llm.get_default_sampling_params(), **given))
+    for output in outputs:
+        print(f"{output.prompt}{output.text}")
+        if output.error is not None:
+            print(f"fly-jax: error: {output.error}", file=sys.stderr)
+    return FAILURE if any(output.error is not None for output in outputs) else 0
 
 
 def convert(options: argparse.Namespace) -> int:

@@ -89,9 +89,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 def add_generate_options(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--prompt", action="append", help="may be repeated; without it: one a line from stdin")
-    sampling.add_argument("--max-tokens", type=int, default=128)
-    sampling.add_argument("--temperature", type=float, default=0.0)
-    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--max-tokens", type=int, default=128, help="of each answer (default: %(default)s)")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="above 0, top_k and min_p are those of --generation-config (default: 0, the most likely token)",
+    )
+    sampling.add_argument("--top-p", type=float, help="(default: that of --generation-config)")
     sampling.add_argument("--request-seed", type=int, help="the same seed gives the same tokens")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from fly_jax.cli import main
 from fly_jax.config import EngineConfig
 from fly_jax.errors import EngineDeadError
 from fly_jax.outputs import SwitchStrategy
+from fly_jax.sampling_params import SamplingParams
 from serving import ServerOptions
 from tests.tiny_models import CASES, write_model
 
@@ -221,8 +222,50 @@ class NoLLM:
     ) -> None:
         pass
 
-    def generate(self, _prompts: object, _params: object) -> list[object]:
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams(top_k=20, top_p=0.8)
+
+    def generate(self, prompts: object, params: SamplingParams) -> list[object]:  # noqa: ARG002  the shape of LLM's
         return []
+
+
+class Answering(NoLLM):
+    """Gives each prompt the answer that it is the key of; the latest parameters are kept."""
+
+    params: SamplingParams
+
+    def generate(self, prompts: object, params: SamplingParams) -> list[object]:
+        type(self).params = params
+        assert isinstance(prompts, list)
+        return [SimpleNamespace(prompt=text, text=" time", error={"bad": "NaN"}.get(text)) for text in prompts]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], SamplingParams(max_tokens=128, temperature=0.0, top_k=20, top_p=0.8)),
+        (
+            ["--temperature", "0.5", "--top-p", "1", "--max-tokens", "3", "--request-seed", "4"],
+            SamplingParams(max_tokens=3, temperature=0.5, top_k=20, seed=4),
+        ),
+    ],
+)
+def test_generate_samples_as_the_model_recommends_unless_told(
+    arguments: list[str], expected: SamplingParams, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fly_jax.llm.LLM", lambda **options: Answering([], options))
+    assert main(["generate", str(folder), "--prompt", "a", *arguments]) == 0
+    assert Answering.params == expected
+
+
+def test_a_prompt_that_fails_is_an_error_and_the_others_are_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fly_jax.llm.LLM", lambda **options: Answering([], options))
+    assert main(["generate", str(folder), "--prompt", "bad", "--prompt", "Once upon a"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ["bad time", "Once upon a time"]
+    assert captured.err == "fly-jax: error: NaN\n"
 
 
 @pytest.mark.parametrize(
