@@ -69,7 +69,7 @@ class ChoiceWriter:
         if self._logprobs is not None:
             self._logprobs.start_at(len(text))
             if part.prompt_logprobs is not None:
-                self._logprobs.add_prompt(part.prompt_logprobs)
+                self._logprobs.add_prompt(part.prompt_logprobs, self._sub.prompt.text)
         return text
 
     def _prompt_text(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fly_jax.outputs import TokenLogprob
@@ -96,14 +96,30 @@ class CompletionLogprobWriter:
         """The choice's text begins with this many characters of the prompt."""
         self._offset = offset
 
-    def add_prompt(self, logprobs: PromptLogprobs) -> None:
-        """An echoed prompt: nothing comes before its first token, so that has no log-probability."""
-        stream = self._names.tokenizer.stream(self._skip)
-        self._append(self._prompt_ids[0], 0, None, None)
-        offset = len(stream.push(self._prompt_ids[0]))
-        for entry in logprobs:
+    def add_prompt(self, logprobs: PromptLogprobs, given_text: str | None) -> None:
+        """An echoed prompt: nothing comes before its first token, so that has no log-probability.
+
+        Args:
+            given_text: what the prompt's tokens were made of; None: they were given themselves.
+        """
+        offsets = self._prompt_offsets(given_text)
+        self._append(self._prompt_ids[0], next(offsets), None, None)
+        for entry, offset in zip(logprobs, offsets, strict=True):
             self._append(entry.token_id, offset, entry.logprob, self._alternatives(entry))
-            offset += len(stream.push(entry.token_id))
+
+    def _prompt_offsets(self, given_text: str | None) -> Iterator[int]:
+        stream = self._names.tokenizer.stream(self._skip or given_text is not None)
+        offset = 0
+        for token_id in self._prompt_ids:
+            yield offset
+            text = stream.push(token_id)
+            if given_text is None:
+                offset += len(text)
+            else:
+                # A special token is in a text where the client wrote it, and not where the tokenizer added it; after
+                # one, tokenizers with a prefix space have a space that the text has not.
+                forms = (text, text.removeprefix(" ")) if text else (self._names.text(token_id),)
+                offset += next((len(form) for form in forms if given_text.startswith(form, offset)), len(text))
 
     def add(self, entries: Iterable[TokenLogprob]) -> None:
         for entry in entries:
