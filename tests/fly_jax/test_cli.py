@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fly_jax.async_engine import AsyncEngine
 from fly_jax.cli import main
@@ -20,8 +22,10 @@ from fly_jax.errors import EngineDeadError
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from serving import ServerOptions
+from tests.fly_jax.tokenizer_families import llama_2
 from tests.tiny_models import CASES, write_model
 
+ONE_DEVICE = ["--devices", "1", "--layouts", "1"]
 TINY = ["--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--layouts", "2+2", "-O", "0"]
 
 
@@ -115,6 +119,25 @@ def test_a_converted_folder_generates_the_same_text(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert texts[0].startswith("hello")
+
+
+def test_the_answer_goes_on_from_the_prompt_with_its_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head can only give one of two words, whose tokens begin with a space, as in Llama 2."""
+    tokenizer = llama_2()
+    write_model(tmp_path, CASES["llama_mha"] | {"vocab_size": tokenizer.get_vocab_size()})
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    weights = load_file(tmp_path / "model.safetensors")
+    head = np.zeros_like(weights["lm_head.weight"])
+    words = {tokenizer.token_to_id("▁time"): " time", tokenizer.token_to_id("▁cat"): " cat"}
+    head[list(words)] = np.stack([np.ones(head.shape[1]), -np.ones(head.shape[1])])
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    prompts = ["Once upon a", "the 漢字"]
+    options = [option for prompt in prompts for option in ("--prompt", prompt)]
+    assert main(["generate", str(tmp_path), *options, "--max-tokens", "2", "--quiet", *TINY, *ONE_DEVICE]) == 0
+    answers = {first + second for first in words.values() for second in words.values()}
+    for prompt, line in zip(prompts, capsys.readouterr().out.splitlines(), strict=True):
+        assert line.startswith(prompt)
+        assert line[len(prompt) :] in answers
 
 
 @pytest.mark.parametrize("name", ["api", "admin"])
