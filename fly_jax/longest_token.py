@@ -54,7 +54,8 @@ def _steps(part: Any) -> list[dict[str, Any]]:
     def flat(state: dict[str, Any]) -> list[dict[str, Any]]:
         if state["type"] != "Sequence":
             return [state]
-        return [step for each in state.get("normalizers") or state["pretokenizers"] for step in flat(each)]
+        inner = state["normalizers"] if "normalizers" in state else state["pretokenizers"]
+        return [step for each in inner for step in flat(each)]
 
     return flat(json.loads(part.__getstate__()))
 

@@ -38,6 +38,17 @@ def test_no_text_has_fewer_tokens_than_its_length_says(make: Callable[[], HFToke
         assert len(tokenizer.encode(text, add_special_tokens=False)) >= tokenizer.fewest_tokens(len(text))
 
 
+def test_steps_that_are_none_change_nothing() -> None:
+    """Published files have sequences of no normalizers, and sequences within sequences."""
+    plain, made = FAMILIES["byte_level"](), FAMILIES["byte_level"]()
+    made.normalizer = normalizers.Sequence([])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Sequence([]), pre_tokenizers.Sequence([byte_level])])
+    assert longest_token(made) == longest_token(plain)
+    made.pre_tokenizer = pre_tokenizers.Sequence([])
+    assert longest_token(made) is None
+
+
 def _strips(made: HFTokenizer) -> None:
     made.normalizer = normalizers.Strip()
 
