@@ -29,6 +29,8 @@ class AsyncEngine:
 
     def __init__(self, model: LoadedModel) -> None:
         self.plan = model.plan
+        # Once: each look at the file system gives up the interpreter's lock, and every request asks for the name.
+        self.model_name = model.plan.config.model.resolve().name
         engine = Engine(model)
         watchdog = Watchdog(self.plan.config.engine_timeout, engine.slowest_step)
         self._thread = EngineThread(engine, watchdog)
@@ -49,10 +51,6 @@ class AsyncEngine:
     @property
     def vocab_size(self) -> int:
         return self.plan.model_config.vocab_size
-
-    @property
-    def model_name(self) -> str:
-        return self.plan.config.model.resolve().name
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
