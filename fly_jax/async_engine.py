@@ -15,6 +15,7 @@ from fly_jax.errors import EngineDeadError
 from fly_jax.loader import LoadedModel, Progress, load_model
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
 from fly_jax.policy import Policy
+from fly_jax.request_rules import check_allowed
 from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 from fly_jax.tokenizer import Tokenizer
 from fly_jax.watchdog import Watchdog
@@ -117,6 +118,7 @@ class AsyncEngine:
             InvalidRequestError, ContextLengthError, QueueFullError, ClientQueueFullError: before anything is yielded.
             EngineDeadError: the engine has stopped.
         """
+        check_allowed(params, self.plan.config)  # here, so that refusing a flood of them costs the engine nothing
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[RequestDelta | EngineDeadError] = asyncio.Queue()

@@ -21,6 +21,7 @@ from fly_jax.output_processor import OutputProcessor
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.policy import Policy
 from fly_jax.request import Request, RequestState, end_tokens
+from fly_jax.request_rules import check_allowed
 from fly_jax.runner import InFlightStep, RowResult
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduler import Scheduler
@@ -85,8 +86,6 @@ class Engine:
         )
         self.outputs = OutputProcessor(plan.tokenizer, plan.eos_token_ids)
         self._clock = clock
-        self._by_priority = config.scheduling_policy == "priority"
-        self._allow_width = config.allow_request_width
         self._depth = STEPS_IN_FLIGHT if config.overlap else 1
         self._in_flight: deque[_Launched] = deque()  # in order of launch
         self._seeds = random.Random(config.seed)
@@ -255,19 +254,8 @@ class Engine:
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
         if request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
-        if params.priority and not self._by_priority:
-            raise InvalidRequestError(
-                f"priority {params.priority} needs --scheduling-policy priority, and this engine runs requests in "
-                "order of arrival (fcfs): leave priority out",
-                param="priority",
-            )
+        check_allowed(params, self.model.plan.config)
         min_width = params.tensor_parallel_size or 1
-        if min_width > 1 and not self._allow_width:
-            raise InvalidRequestError(
-                f"tensor_parallel_size {min_width} is refused, for this engine runs with --no-allow-request-width: "
-                "leave it out",
-                param="tensor_parallel_size",
-            )
         self.scheduler.check(len(prompt_ids), min_width, bounded=bounded, client=client)
         prompt = self._checked_tokens(prompt_ids)
         room = self.scheduler.max_model_len - len(prompt_ids)

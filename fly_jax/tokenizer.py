@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from fly_jax.token_bytes import TokenBytes
 logger = logging.getLogger(__name__)
 
 _FILE = "tokenizer.json"
+# Encoding this much holds the interpreter's lock for under a millisecond; giving it up means to wait for it again.
+_SHORT_CHARS = 2048
 
 
 class Tokenizer:
@@ -52,7 +55,6 @@ class Tokenizer:
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._token_bytes = TokenBytes(tokenizer)
-        self._longest_token = longest_token(tokenizer)
         self._token_texts: dict[int, str] = {}
 
     @staticmethod
@@ -89,6 +91,8 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) <= _SHORT_CHARS:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         # Of the library's ways only those for batches let other threads run meanwhile.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
@@ -96,6 +100,10 @@ class Tokenizer:
     def fewest_tokens(self, characters: int) -> int:
         """No text of so many characters has fewer tokens; 0 where that cannot be known."""
         return 0 if self._longest_token is None else -(-characters // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        return longest_token(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -87,10 +87,11 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the address is unknown, not allowed or in use.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        sock = socket.socket(family, kind)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
+        # Only where its protocol is named does asyncio send what is written at once: otherwise the second part of an
+        # answer waits for the client's acknowledgement of the first, which takes 40 ms.
+        sock = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise _cannot_listen(host, port, error) from error
     try:

@@ -94,6 +94,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_emb": (1.0,),
     "scale_depth": (),
     "log_scale": (False,),
+    "rope_condense_ratio": (1,),
+    "use_mla": (False,),
+    "activation": ("silu", "swish", "swiglu"),
 }
 
 

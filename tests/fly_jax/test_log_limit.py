@@ -42,6 +42,21 @@ def test_a_place_in_the_code_writes_so_many_lines_and_then_says_how_many_it_left
     assert handler.lines.pop() == "the next was refused"
 
 
+def test_the_end_of_a_flood_is_told_by_whoever_writes_next() -> None:
+    clock, handler, logger = Clock(), Lines(), logging.Logger("test", logging.DEBUG)
+    handler.addFilter(LogLimit(clock))
+    logger.addHandler(handler)
+    for number in range(1000):
+        logger.warning("client %d was refused", number)
+    clock.now = WINDOW_SECONDS
+    logger.error("all is well")
+    said = handler.lines.pop()
+    assert said.startswith(f"all is well ({1000 - MOST_IN_WINDOW} more of test, line ")
+    assert said.endswith("WARNING, were left out before)")
+    logger.error("all is well")
+    assert handler.lines.pop() == "all is well"
+
+
 def test_debugging_is_not_limited() -> None:
     handler, logger = Lines(), logging.Logger("test", logging.DEBUG)
     handler.addFilter(LogLimit())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 import signal
@@ -43,6 +44,30 @@ def test_a_port_in_use_is_one_line_before_the_engine_is_started() -> None:
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is already in use: .*--port") as caught:
             run(must_not_start, ServerOptions(port=port))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_what_is_written_is_sent_at_once(host: str) -> None:
+    """With TCP's delay on, the second part of every answer waits 40 ms for a client that keeps its connection."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=bind(host, 0)) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+            no_delay = await found
+            writer.close()
+        return no_delay
+
+    try:
+        assert asyncio.run(accepted())
+    except ConfigError:
+        pytest.skip(f"no {host} here")
 
 
 def test_a_port_taken_while_the_engine_loads() -> None:

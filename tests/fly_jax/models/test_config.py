@@ -200,6 +200,7 @@ def test_window_layers_that_do_not_fit_are_refused_by_name(fields: dict[str, Any
         ("final_logit_softcapping", 30.0),
         ("num_local_experts", 8),
         ("use_mrope", True),
+        ("rope_condense_ratio", 4),
         ("rope_interleaved", True),
         ("num_experts", 1),
         ("num_experts", False),
@@ -229,6 +230,7 @@ def test_a_field_that_may_change_the_numbers_is_refused_by_name(field: str, valu
         {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None], "AutoConfig": "configuration.Config"}},
         {"pruned_heads": {}, "tie_encoder_decoder": False, "torchscript": False, "use_bfloat16": True},
         {"sliding_window": 2048},
+        {"rope_condense_ratio": 1, "use_mla": False, "activation": "swiglu"},
         {"bos_token_id": 1, "eos_token_id": [2, 3], "transformers_version": "5.0", "use_cache": True},
     ],
 )
