@@ -13,15 +13,17 @@ from fly_jax.platform import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
-# Connections that the kernel holds for us; so many may be accepted before the first of them is looked at.
-BACKLOG = 256
-# Beyond the limit, so that health can be asked for: an answer that there is no place needs a connection too. As many as
-# may be accepted in one go, or a flood would push out those that ask before they are heard.
-RESERVED = BACKLOG
+# Connections that the kernel holds for us until we take them.
+BACKLOG = 2048
+# Taken in one pass of the event loop, at 0.2 ms each: whoever streams waits for the pass to end.
+ACCEPTED_AT_ONCE = 16
+# Beyond the limit, so that health can be asked for: an answer that there is no place needs a connection too. Many times
+# what is accepted in one go, or a flood would push out those that ask before they are heard.
+RESERVED = 256
 # In a request's state: its connection is one of those.
 RESERVED_PLACE = "reserved_place"
 # Files for models, logs and the engine, and for connections that were accepted and will be refused.
-_OTHER_FILES = 2 * BACKLOG + 128
+_OTHER_FILES = 640
 
 
 class Phase(StrEnum):

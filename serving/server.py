@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import shlex
 import signal
@@ -18,7 +19,7 @@ import uvicorn
 
 from fly_jax.errors import ConfigError, EngineDeadError
 from serving.app import create_app
-from serving.connections import BACKLOG
+from serving.connections import ACCEPTED_AT_ONCE, BACKLOG
 from serving.engine_client import EngineClient
 from serving.http_protocol import HttpConfig
 from serving.options import ServerOptions
@@ -26,6 +27,8 @@ from serving.options import ServerOptions
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # For requests that were cut off at the end of the shutdown time, to say so to their clients.
 LAST_WORDS_SECONDS = 1.0
+# For which a thread keeps the interpreter while another waits for it; 0.0005 gave 3 to 11 % more tokens than 0.005.
+TURN_SECONDS = 0.0005
 
 
 class HttpServer(uvicorn.Server):
@@ -51,6 +54,9 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
+            # To asyncio the backlog is also how many it accepts before it does anything else.
+            for sock in sockets or ():
+                sock.listen(BACKLOG)
         except OSError as error:
             # Two processes may both have bound the port before either listened.
             raise _cannot_listen(self.host, self.port, error) from error
@@ -134,7 +140,7 @@ async def serve(
         app,
         options.connections,
         app.state.server.connections,
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -173,9 +179,21 @@ def run(start_engine: Callable[[], EngineClient], options: ServerOptions) -> Non
     sock = bind(options.host, options.port)
     try:
         engine = start_engine()
+        _stall_nobody()
         asyncio.run(_serve_and_shut_down(engine, options, sock))
     finally:
         sock.close()
+
+
+def _stall_nobody() -> None:
+    """Settings of the interpreter for a process that is a server and nothing else.
+
+    What was loaded lives as long as the server, and each collection of it all would stop everybody for 0.2 s. The
+    engine's thread and the event loop need the interpreter by turns: Python's turns of 5 ms are as long as a step.
+    """
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(TURN_SECONDS)
 
 
 async def _serve_and_shut_down(engine: EngineClient, options: ServerOptions, sock: socket.socket) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from fly_jax.errors import ConfigError
 from serving import ServerOptions, bind, run
-from serving.server import ready_line
+from serving.server import TURN_SECONDS, ready_line
 from tests.serving.live import HANG_SECONDS, eventually, live_server
 from tests.serving.scripted_engine import REPLY, ScriptedEngine
 
@@ -159,6 +159,26 @@ def test_what_runs_too_long_is_told_so() -> None:
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "shutting_down")
     assert len(engine.aborted) == 2
+
+
+def test_what_was_loaded_is_never_collected_again_and_turns_at_the_interpreter_are_short() -> None:
+    script = """
+import gc, os, signal, sys, threading
+from serving import ServerOptions, run
+from tests.serving.scripted_engine import ScriptedEngine
+
+class Settled(ScriptedEngine):
+    async def wait_failed(self):
+        loaded = {id(each) for each in gc.get_objects()}
+        print(gc.get_freeze_count() > 10_000, id(sys.modules) not in loaded, sys.getswitchinterval())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+run(Settled, ServerOptions(port=0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=True
+    )
+    assert f"True True {TURN_SECONDS}" in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
