@@ -23,7 +23,7 @@ DEFAULT_DEVICES = 4
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 # Where Linux lists a process's threads; a priority is a thread's own there.
 _THREADS = Path("/proc/self/task")
-_DEVICE_NICENESS = 19
+_DEVICE_NICENESS = 5
 # Of a GPU's memory, what jax takes. By itself it takes 0.75, and ``gpu_memory_utilization`` would be a part of that.
 _GPU_FRACTION = "0.95"
 _GPU_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")

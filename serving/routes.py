@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from serving.clients import client_of
 from serving.disconnect import ClientGoneError, client_gone, unless_disconnected
 from serving.large_bodies import LARGE_BYTES
 from serving.protocol import Body, ChatCompletionRequest
@@ -46,7 +47,7 @@ class BodyRoute(APIRoute):
             reader = Request(request.scope, request.receive)
             if len(await reader.body()) < LARGE_BYTES or "json" not in reader.headers.get("content-type", "").lower():
                 return await handle(reader)
-            reading = state_of(request).large_bodies.read(model, await reader.body())
+            reading = state_of(request).large_bodies.read(model, await reader.body(), client_of(request))
             del reader
             try:
                 return await handle(ReadRequest(request, await unless_disconnected(request.receive, reading)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -10,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
 import pytest
 from fastapi.exceptions import RequestValidationError
 
-from fly_jax.errors import InvalidRequestError, QueueFullError, RequestFailedError
+from fly_jax.errors import ClientQueueFullError, InvalidRequestError, QueueFullError, RequestFailedError
 from serving import create_app
 from serving.large_bodies import LARGE_BYTES, Job, LargeBodies, ReadingProcess
 from serving.protocol import CompletionRequest
@@ -184,14 +186,17 @@ def held() -> Iterator[HeldProcess]:
     process.go_on.set()
 
 
-def lane_of(held: HeldProcess, max_waiting_bytes: int = 10**6) -> LargeBodies:
+def lane_of(held: HeldProcess, max_waiting_bytes: int = 10**7) -> LargeBodies:
     return LargeBodies(cast(ReadingProcess, held), max_waiting_bytes=max_waiting_bytes)
 
 
 def test_waiting_bodies_are_bounded_and_one_that_is_given_up_gives_its_place_back(held: HeldProcess) -> None:
     async def work() -> None:
         lane = lane_of(held, max_waiting_bytes=100)
-        first, second = (asyncio.create_task(lane.read(CompletionRequest, data)) for data in (b"1" * 40, b"2" * 40))
+        first, second = (
+            asyncio.create_task(lane.read(CompletionRequest, data, client))
+            for data, client in ((b"1" * 40, "one"), (b"2" * 40, "two"))
+        )
         assert await asyncio.to_thread(eventually, lambda: held.jobs == [b"1" * 40])
         with pytest.raises(QueueFullError, match=r"80 bytes .* 40 more .* over 100: try later"):
             await lane.read(CompletionRequest, b"3" * 40)
@@ -280,19 +285,87 @@ def job_of(**body: Any) -> Job:
     return Job(CompletionRequest, json.dumps(body).encode())
 
 
-def test_a_process_that_was_killed_fails_one_body_and_is_started_again(reader: Reader) -> None:
+def test_a_process_that_was_killed_between_two_bodies_is_started_again(reader: Reader) -> None:
     process = ReadingProcess(reader)
     try:
         assert process.read(job_of(prompt=[1, 2])).result[0].token_ids == [1, 2]
         first = process.pid
+        assert first is not None
         process.kill()
-        with pytest.raises(RequestFailedError, match="could not be read"):
-            process.read(job_of(prompt=[1, 2]))
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
         assert process.read(job_of(prompt=[3])).result[0].token_ids == [3]
         assert process.pid != first
     finally:
         process.end()
     assert not process.is_running
+
+
+class Endless(ByteTokenizer):
+    """Never comes to the end of a text that says so."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        while text == "endless":
+            time.sleep(0.01)
+        return super().encode(text, add_special_tokens)
+
+
+def test_a_body_that_takes_too_long_is_given_up_and_the_next_is_read() -> None:
+    process = ReadingProcess(Reader(Endless(), max_model_len=512, vocab_size=VOCAB_SIZE), reading_seconds=0.5)
+    try:
+        with pytest.raises(RequestFailedError, match="could not be read: send less at once"):
+            process.read(job_of(prompt="endless"))
+        process = ReadingProcess(Reader(Endless(), max_model_len=512, vocab_size=VOCAB_SIZE))
+        assert process.read(job_of(prompt="hi")).result[0].text == "hi"
+    finally:
+        process.end()
+
+
+def test_no_file_beside_which_the_server_was_started_takes_the_place_of_a_module(
+    reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json.py", "serving.py", "tokenizers.py"):
+        (tmp_path / name).write_text("raise SystemExit('not mine')")
+    monkeypatch.chdir(tmp_path)
+    process = ReadingProcess(reader)
+    try:
+        assert process.read(job_of(prompt="hi")).result[0].text == "hi"
+    finally:
+        process.end()
+
+
+def test_one_client_cannot_take_all_the_room(held: HeldProcess) -> None:
+    async def work() -> None:
+        lane = lane_of(held, max_waiting_bytes=100)
+        mine = [asyncio.create_task(lane.read(CompletionRequest, b"1" * 25, "me")) for _ in range(2)]
+        assert await asyncio.to_thread(eventually, lambda: len(held.jobs) == 1)
+        with pytest.raises(ClientQueueFullError, match=r"50 bytes of your .* with 1 more .* over 50: try later"):
+            await lane.read(CompletionRequest, b"1", "me")
+        other = asyncio.create_task(lane.read(CompletionRequest, b"2" * 50, "you"))
+        await asyncio.sleep(0)
+        assert lane.waiting_bytes == 100
+        held.go_on.set()
+        for task in (*mine, other):
+            with pytest.raises(InvalidRequestError, match="read at last"):
+                await task
+        assert lane.waiting_bytes == 0
+        lane.close()
+
+    asyncio.run(work())
+
+
+def test_bodies_that_wait_when_the_server_ends_are_given_up(held: HeldProcess) -> None:
+    async def work() -> None:
+        lane = lane_of(held)
+        first, second = (asyncio.create_task(lane.read(CompletionRequest, data)) for data in (b"1", b"2"))
+        assert await asyncio.to_thread(eventually, lambda: held.jobs == [b"1"])
+        lane.close()
+        held.go_on.set()
+        await asyncio.wait([first])
+        with pytest.raises(RequestFailedError, match="shutting down"):
+            await second
+        assert held.jobs == [b"1"]
+
+    asyncio.run(work())
 
 
 def test_the_process_ends_when_nothing_is_to_be_read(reader: Reader) -> None:
