@@ -9,12 +9,15 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fly_jax import __version__
 from serving import admin, chat, completions, info, tokenization
+from serving.byte_budget import ByteBudget
+from serving.clients import client_of
 from serving.connections import ConnectionCounts
 from serving.engine_client import EngineClient
 from serving.errors import install_error_handlers
 from serving.large_bodies import LargeBodies, ReadingProcess
 from serving.metrics import ServerMetrics
 from serving.middleware import (
+    MAX_HELD_BYTES,
     REQUEST_ID_HEADER,
     CountInFlight,
     ErrorBoundary,
@@ -28,6 +31,7 @@ from serving.middleware import (
 from serving.openapi import openapi_of
 from serving.options import ServerOptions
 from serving.reading import Reader
+from serving.reading_threads import ReadingThreads
 from serving.state import ServerState
 
 
@@ -43,7 +47,7 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
     reader = Reader(engine.tokenizer, engine.max_model_len, engine.vocab_size)
     large_bodies = LargeBodies(ReadingProcess(reader))
     app.state.server = ServerState(
-        engine, options, metrics, in_flight, int(time.time()), reader, large_bodies, connections
+        engine, options, metrics, in_flight, int(time.time()), ReadingThreads(reader), large_bodies, connections
     )
     routers = [module.router for module in (completions, chat, info, tokenization, admin)]
     for router in routers:
@@ -56,7 +60,8 @@ def create_app(engine: EngineClient, options: ServerOptions | None = None) -> Fa
 
 def _add_middleware(app: FastAPI, options: ServerOptions, in_flight: InFlight, connections: ConnectionCounts) -> None:
     """Innermost first: a body is read only for those who may send one, and every error carries its request's id."""
-    app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
+    held = ByteBudget(max(MAX_HELD_BYTES, options.max_body_bytes), "bodies are held until they have been read")
+    app.add_middleware(LimitBody, max_bytes=options.max_body_bytes, held=held, client_of=client_of)
     if options.api_keys:
         app.add_middleware(RequireApiKey, api_keys=options.api_keys)
     app.add_middleware(CountInFlight, in_flight=in_flight)

@@ -18,8 +18,9 @@ def client_of(request: Request) -> str:
     One key is everybody's, and a key that nobody checks can be invented anew for each request. An address behind a
     proxy is the proxy's: what a header says of another is the client's word.
     """
-    if len(state_of(request).options.api_keys) > 1:
-        return f"key {request.state.api_key_number}"
+    number = getattr(request.state, "api_key_number", None)  # None where no key is asked for
+    if number is not None and len(state_of(request).options.api_keys) > 1:
+        return f"key {number}"
     return _network(request.client.host) if request.client is not None else "unknown address"
 
 

@@ -42,7 +42,7 @@ class ConnectionLimits:
         connections: most that are open at once; one more is told so and closed, unless it asks for ``/health``.
         keep_alive: seconds that a connection may be idle between two requests.
         headers: seconds until the headers of a request are complete, from the connection or its first byte on.
-        body: seconds until the body is complete, and one more for each ``body_bytes_per_second`` that have come.
+        body: seconds until the body is complete, and as many again if ``body_bytes_per_second`` have come in them.
         reading: seconds for which a client may read nothing of an answer that waits for it.
         reserved: seconds that a connection beyond the limit has in place of ``headers``.
     """

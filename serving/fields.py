@@ -50,6 +50,8 @@ def refuse_boolean_number(value: Any) -> Any:
     return value
 
 
+# Of a list the first error is shown: to collect those of 20,000 items takes 150 ms.
+FAIL_FAST = Field(fail_fast=True)
 NOT_BOOLEAN = BeforeValidator(refuse_boolean)
 Integer = Annotated[int, NOT_BOOLEAN]
 Int64 = Annotated[int, Field(ge=-_MAX_INT - 1, le=_MAX_INT), NOT_BOOLEAN]
@@ -189,7 +191,7 @@ PromptsField = Annotated[
 ]
 StopField = Annotated[tuple[str, ...], PlainValidator(parse_stop, json_schema_input_type=str | list[str] | None)]
 ContentField = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[dict[str, str]])]
-StopTokenIdsField = Annotated[list[Integer] | None, AfterValidator(parse_stop_token_ids)]
+StopTokenIdsField = Annotated[Annotated[list[Integer], FAIL_FAST] | None, AfterValidator(parse_stop_token_ids)]
 PolicyField = Annotated[str, AfterValidator(parse_policy), Field(json_schema_extra={"enum": list(POLICIES)})]
 TemplateKwargsField = Annotated[
     dict[str, Any], BeforeValidator(parse_template_kwargs, json_schema_input_type=dict[str, Any] | None)

@@ -6,29 +6,28 @@ Short requests do not wait for them, and the memory that they took goes when the
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import queue
 import subprocess
 import sys
 import threading
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fly_jax.errors import ClientQueueFullError, QueueFullError, RequestFailedError
+from fly_jax.errors import RequestFailedError
+from serving.byte_budget import ByteBudget
 from serving.protocol import Body
 from serving.reading import Reader, Reading
+
+logger = logging.getLogger(__name__)
 
 # A smaller body takes a few milliseconds to read, and the way to another process and back about one.
 LARGE_BYTES = 64 * 1024
 # Of all that wait: four of the largest that a server takes by default.
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 IDLE_SECONDS = 10.0
-# Of a lane's bytes that one client's bodies may be, so that there is always room for another's.
-CLIENT_SHARE = 0.5
-# The largest body takes a tenth of it; a model's template may be a program that never ends.
+# Ten times what the largest took to be tokenized; a model's template may be a program that never ends.
 READING_SECONDS = 120.0
 
 
@@ -41,6 +40,13 @@ class Job:
 
     model: type[Body]
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something went wrong that is not the body's fault; ``trace`` is for the log."""
+
+    trace: str
 
 
 class LargeBodies:
@@ -59,16 +65,16 @@ class LargeBodies:
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self.process = process
-        self._waiting_bytes: Counter[str] = Counter()  # by client
+        self._waiting = ByteBudget(max_waiting_bytes, "large bodies wait to be read")
         self._closed = False
-        self._max_waiting_bytes, self._idle_seconds = max_waiting_bytes, idle_seconds
+        self._idle_seconds = idle_seconds
         self._jobs: queue.SimpleQueue[tuple[Job, Future[Reading]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
     def waiting_bytes(self) -> int:
         """Of the bodies that are waiting or being read."""
-        return self._waiting_bytes.total()
+        return self._waiting.total
 
     async def read(self, model: type[Body], data: bytes, client: str = "") -> Reading:
         """What the body says; one that is given up while it waits gives its place back.
@@ -78,37 +84,22 @@ class LargeBodies:
             RequestFailedError: the process ended while it read the body, or took too long.
             FlyJaxError, RequestValidationError: the body is wrong.
         """
-        self._check_room(len(data), client)
+        with self._waiting.body(client) as waiting:
+            waiting.grow(len(data))
+            return await self._read(Job(model, data))
+
+    async def _read(self, job: Job) -> Reading:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="fly-jax-large-bodies", daemon=True)
             self._thread.start()
         future: Future[Reading] = Future()
-        with self._waits(len(data), client):
-            self._jobs.put((Job(model, data), future))
-            return await asyncio.wrap_future(future)
-
-    def _check_room(self, size: int, client: str) -> None:
-        if self.waiting_bytes + size > self._max_waiting_bytes:
-            raise QueueFullError(
-                f"{self.waiting_bytes} bytes of large bodies wait to be read, and with {size} more they would be "
-                f"over {self._max_waiting_bytes}: try later"
-            )
-        # A body that is alone is taken whatever its size, up to all that there is.
-        if (waiting := self._waiting_bytes[client]) and waiting + size > CLIENT_SHARE * self._max_waiting_bytes:
-            raise ClientQueueFullError(
-                f"{waiting} bytes of your large bodies wait to be read, and with {size} more they would be over "
-                f"{CLIENT_SHARE * self._max_waiting_bytes:.0f}: try later"
-            )
-
-    @contextmanager
-    def _waits(self, size: int, client: str) -> Iterator[None]:
-        self._waiting_bytes[client] += size
+        self._jobs.put((job, future))
         try:
-            yield
-        finally:
-            self._waiting_bytes[client] -= size
-            if not self._waiting_bytes[client]:
-                del self._waiting_bytes[client]
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if future.running():  # whoever sent it has left, and others may wait
+                self.process.kill()
+            raise
 
     def close(self) -> None:
         """Ends the process and whatever it is reading; bodies that wait are given up."""
@@ -150,6 +141,7 @@ class ReadingProcess:
     def __init__(self, reader: Reader, reading_seconds: float = READING_SECONDS) -> None:
         self._reader, self._reading_seconds = reader, reading_seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed = False
 
     @property
     def is_running(self) -> bool:
@@ -165,31 +157,44 @@ class ReadingProcess:
             RequestFailedError: the process ended meanwhile, or took too long.
             FlyJaxError, RequestValidationError: the body is wrong.
         """
-        timer = threading.Timer(self._reading_seconds, self.kill)
+        timer = threading.Timer(self._reading_seconds, self._time_out)
         timer.daemon = True
         try:
             timer.start()
             outcome = self._exchange(job)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            self.end()
+        except Exception as error:  # whatever it is, what comes next out of the pipe would be somebody else's
+            status = self.end()
+            if not self._killed:
+                logger.error("the process that reads large bodies failed (%r), exit status %s", error, status)
             raise RequestFailedError("the body could not be read: send less at once") from error
         finally:
             timer.cancel()
+        if isinstance(outcome, Failure):
+            logger.error("a large body could not be read\n%s", outcome.trace)
+            raise RequestFailedError("the body could not be read, and the server's log says why")
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     def kill(self) -> None:
         if (process := self._process) is not None:
+            self._killed = True
             process.kill()
 
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+    def _time_out(self) -> None:
+        logger.error("a large body took more than %g s to read and is given up", self._reading_seconds)
+        self.kill()
 
-    def _exchange(self, job: Job) -> Reading | Exception:
+    def end(self) -> int | None:
+        """Returns its exit status, negative for a signal; None if there was none."""
+        if (process := self._process) is None:
+            return None
+        process.kill()
+        process.communicate()
+        self._process = None
+        return process.returncode
+
+    def _exchange(self, job: Job) -> Reading | Exception | Failure:
         if self._process is not None and self._process.poll() is not None:
             self.end()  # somebody has ended it, which is not this body's fault
         process = self._process or self._start()
@@ -197,7 +202,7 @@ class ReadingProcess:
         assert process.stdout is not None
         pickle.dump(job, process.stdin)
         process.stdin.flush()
-        outcome: Reading | Exception = pickle.load(process.stdout)
+        outcome: Reading | Exception | Failure = pickle.load(process.stdout)
         return outcome
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -205,7 +210,7 @@ class ReadingProcess:
         # the server does: a file beside which that was started may have the name of one of them.
         command = [sys.executable, "-P", "-c", _START, *sys.path]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self._process = process
+        self._process, self._killed = process, False
         assert process.stdin is not None
         pickle.dump(self._reader, process.stdin)
         return process

@@ -8,11 +8,13 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.byte_budget import ByteBudget, HeldBody
 from serving.connections import RESERVED_PLACE, ConnectionCounts
 from serving.errors import AUTHENTICATION, RETRY_AFTER_SECONDS, SERVER, ApiError, shutting_down, to_api_error
 
@@ -23,6 +25,10 @@ GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 OPEN_PATHS = frozenset({"/health", "/version", "/load", "/metrics", "/layout"})
 # Reading a bit more of a body that is refused lets clients get to the answer before the connection closes.
 DISCARD_BYTES = 64 * 1024 * 1024
+# Of bodies that are being received or read: several of the largest, but not one for each connection.
+MAX_HELD_BYTES = 128 * 1024 * 1024
+# So much of each is not counted: a short request finds room however many long ones there are.
+UNCOUNTED_BYTES = 64 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -180,30 +186,47 @@ class LimitBody:
     Refusing while the framework reads would surface as its own parse error; the routes read whole bodies anyway.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, held: ByteBudget, client_of: Callable[[Request], str]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._held = held
+        self._client_of = client_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            body = await self._read(Headers(scope=scope), receive)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        if body is None:
-            return
-        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        with self._held.body(self._client_of(Request(scope))) as held:
+            try:
+                body = await self._read(Headers(scope=scope), receive, held)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+            if body is None:
+                return
+            pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            del body
 
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
+            async def replay() -> Message:
+                return pending.pop() if pending else await receive()
 
-        await self._app(scope, replay, send)
+            async def send_after_reading(message: Message) -> None:
+                held.release()  # nobody needs the body when there is an answer to it
+                await send(message)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body; None when the client left before it was complete."""
+            await self._app(scope, replay, send_after_reading)
+
+    async def _read(self, headers: Headers, receive: Receive, held: HeldBody) -> bytes | None:
+        """The body; None when the client left before it was complete.
+
+        Raises:
+            ApiError: it is too large, or its length is not certain.
+            QueueFullError, ClientQueueFullError: too much is held already.
+        """
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy may believe the one and h11 the other.
+            reason = "a request has either Content-Length or Transfer-Encoding: leave one out"
+            raise ApiError(400, reason, headers={"Connection": "close"})
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes + DISCARD_BYTES:
             raise self._too_large()
@@ -214,10 +237,14 @@ class LimitBody:
             if message["type"] == "http.disconnect":
                 return None
             part = message.get("body", b"")
+            uncounted = max(0, UNCOUNTED_BYTES - total)
             total += len(part)
-            parts.append(part)
             if total > self._max_bytes:
                 parts.clear()
+                held.release()
+            else:
+                held.grow(max(0, len(part) - uncounted))
+                parts.append(part)
             if total > self._max_bytes + DISCARD_BYTES or not message.get("more_body", False):
                 break
         if total > self._max_bytes:

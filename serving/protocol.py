@@ -15,6 +15,7 @@ from fly_jax.errors import InvalidRequestError
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.sampling_params import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from serving.fields import (
+    FAIL_FAST,
     HARMLESS,
     NOT_BOOLEAN,
     UNSUPPORTED_CHAT,
@@ -222,7 +223,7 @@ class ChatCompletionRequest(GenerationBody):
     prompt_field: ClassVar[str] = "messages"
     no_content: ClassVar[Mapping[str, Any]] = {"messages": []}
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FAIL_FAST]
     max_completion_tokens: Int64 | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
@@ -257,7 +258,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], FAIL_FAST] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateKwargsField = Field(default_factory=dict)
@@ -275,7 +276,7 @@ class DetokenizeRequest(Body):
     no_content: ClassVar[Mapping[str, Any]] = {"tokens": []}
 
     model: str | None = None
-    tokens: list[Integer]
+    tokens: Annotated[list[Integer], FAIL_FAST]
 
 
 class LayoutRequest(Body):

@@ -80,7 +80,7 @@ class Reader:
         """
         text = self._render(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
         self._refuse_oversized(text, "messages")
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        token_ids = self._tokens(text, "messages", add_special_tokens=False)
         if not token_ids:
             raise InvalidRequestError("messages must not be empty: they have no tokens", param="messages")
         return [EncodedPrompt(token_ids, text)]
@@ -93,9 +93,10 @@ class Reader:
         """
         if body.messages:
             text = self._render(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
-            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+            tokens = self._tokens(text, "messages", add_special_tokens=False)
         else:
-            tokens = self.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+            special = body.add_special_tokens is not False
+            tokens = self._tokens(body.prompt or "", "prompt", add_special_tokens=special)
         return _json({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": list(tokens)})
 
     def detokenize(self, body: DetokenizeRequest) -> bytes:
@@ -110,11 +111,19 @@ class Reader:
     def _encode(self, prompt: Prompt, add_special_tokens: bool) -> EncodedPrompt:
         if isinstance(prompt, str):
             self._refuse_oversized(prompt, "prompt")
-            return EncodedPrompt(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt)
+            return EncodedPrompt(self._tokens(prompt, "prompt", add_special_tokens=add_special_tokens), prompt)
         if len(prompt) >= self.max_model_len:
             raise ContextLengthError.of_prompt(self.max_model_len, str(len(prompt)), param="prompt")
         check_token_ids(prompt, self.vocab_size, "prompt")
         return EncodedPrompt(prompt)
+
+    def _tokens(self, text: str, param: str, *, add_special_tokens: bool) -> Sequence[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # an escape in JSON can spell half a surrogate pair
+            message = f"{param} is not valid Unicode: lone surrogate at character {error.start}"
+            raise InvalidRequestError(message, param=param) from None
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _refuse_oversized(self, text: str, param: str) -> None:
         if len(text) > COUNTED_CHARS and (tokens := self.tokenizer.fewest_tokens(len(text))) >= self.max_model_len:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import sys
+import traceback
 from typing import IO, Any
 
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from fly_jax.errors import FlyJaxError
-from serving.large_bodies import Job
+from serving.large_bodies import Failure, Job
 from serving.reading import Reader, Reading
 
 # Those who wait for tokens come before those whose body is large.
@@ -23,7 +25,11 @@ NICENESS = 10
 def main() -> None:
     """Works until its input ends, as it does with the server, however that ended."""
     os.nice(NICENESS)
-    jobs = sys.stdin.buffer
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for the answer any more
+        _work(sys.stdin.buffer)
+
+
+def _work(jobs: IO[bytes]) -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that nothing that is printed becomes an answer
         reader: Reader = pickle.load(jobs)
@@ -43,21 +49,25 @@ def _next(jobs: IO[bytes]) -> Job | None:
     return job
 
 
-def read(reader: Reader, job: Job) -> Reading | Exception:
+def read(reader: Reader, job: Job) -> Reading | Exception | Failure:
     """As the framework reads a body, with the same errors."""
     try:
-        body = job.model.model_validate(json.loads(job.data))
+        content = json.loads(job.data)
+    except json.JSONDecodeError as error:
+        return _invalid("json_invalid", ("body", error.pos), "JSON decode error", {"error": error.msg})
+    except (ValueError, RecursionError, MemoryError):
+        return HTTPException(400, "There was an error parsing the body")
+    try:
+        body = job.model.model_validate(content)
         return Reading(body.without_content(), reader.read(body))
     except FlyJaxError as error:
         return error
-    except json.JSONDecodeError as error:
-        return _invalid("json_invalid", ("body", error.pos), "JSON decode error", {"error": error.msg})
     except ValidationError as error:
         # One is shown; each of millions would carry what was wrong in it.
         first = error.errors(include_url=False, include_input=False)[0]
         return _invalid(first["type"], ("body", *first["loc"]), first["msg"], {})
-    except (ValueError, RecursionError, MemoryError):
-        return HTTPException(400, "There was an error parsing the body")
+    except Exception:  # a fault of ours or of the model's: the server logs it, and this process goes on
+        return Failure(traceback.format_exc())
 
 
 def _invalid(kind: str, place: tuple[int | str, ...], message: str, context: dict[str, Any]) -> RequestValidationError:

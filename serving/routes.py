@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, get_type_hints
 
@@ -13,12 +12,9 @@ from starlette.responses import Response
 from serving.clients import client_of
 from serving.disconnect import ClientGoneError, client_gone, unless_disconnected
 from serving.large_bodies import LARGE_BYTES
-from serving.protocol import Body, ChatCompletionRequest
+from serving.protocol import Body
 from serving.reading import Reading
 from serving.state import state_of
-
-# A shorter one is read on the event loop: the way to a thread and back costs more than the work.
-INLINE_BYTES = 4096
 
 
 class ReadRequest(Request):
@@ -65,8 +61,4 @@ async def result_of(request: Request, body: Body) -> Any:
     """
     if isinstance(request, ReadRequest):
         return request.reading.result
-    reader = state_of(request).reader
-    # A template is a program of the model's.
-    if len(await request.body()) < INLINE_BYTES and not isinstance(body, ChatCompletionRequest):
-        return reader.read(body)
-    return await asyncio.to_thread(reader.read, body)
+    return await state_of(request).reading_threads.read(body, len(await request.body()))

@@ -13,7 +13,7 @@ from serving.large_bodies import LargeBodies
 from serving.metrics import ServerMetrics
 from serving.middleware import InFlight
 from serving.options import ServerOptions
-from serving.reading import Reader
+from serving.reading_threads import ReadingThreads
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class ServerState:
     metrics: ServerMetrics
     in_flight: InFlight
     started: int
-    reader: Reader
+    reading_threads: ReadingThreads
     large_bodies: LargeBodies
     connections: ConnectionCounts
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import subprocess
@@ -8,15 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from uvicorn.server import ServerState
 
 from fly_jax.errors import ConfigError
 from serving import ServerOptions
 from serving.connections import RESERVED, ConnectionCounts, ConnectionLimits, Phase
-from serving.http_protocol import GuardedProtocol, HttpConfig
+from serving.http_protocol import HttpConfig
 from tests.serving.live import HANG_SECONDS, LiveServer, eventually, live_server
 from tests.serving.scripted_engine import ScriptedEngine
 
@@ -92,19 +90,6 @@ def test_a_body_that_does_not_end_is_told_so() -> None:
         assert counts.timed_out[Phase.BODY] == 1
 
 
-def test_a_body_that_comes_steadily_has_more_time() -> None:
-    body = json.dumps({"prompt": "@say hi"}).encode()
-    with serving_with(body=SOON, body_bytes_per_second=1) as (server, counts):
-        connection = Connection(server).send(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
-        connection.send(body[:-1])
-        connection.socket.settimeout(10 * SOON)  # far longer than a body that does not come would have
-        with pytest.raises(TimeoutError):
-            connection.socket.recv(1)
-        connection.socket.settimeout(HANG_SECONDS)
-        assert connection.send(body[-1:]).rest().startswith(b"HTTP/1.1 200 OK")
-        assert not counts.timed_out.total()
-
-
 def test_no_limit_cuts_an_answer_that_takes_its_time() -> None:
     with serving_with(headers=0.5, body=SOON, keep_alive=SOON, reading=SOON) as (server, counts):
         body = {"prompt": "@endless", "stream": True}
@@ -116,40 +101,6 @@ def test_no_limit_cuts_an_answer_that_takes_its_time() -> None:
                     break
         assert chunks > 1
         assert not counts.timed_out.total()
-
-
-class FakeTransport:
-    def __init__(self) -> None:
-        self.is_aborted = asyncio.Event()
-
-    def get_extra_info(self, _name: str) -> None:
-        return None
-
-    def is_closing(self) -> bool:
-        return self.is_aborted.is_set()
-
-    def abort(self) -> None:
-        self.is_aborted.set()
-
-
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_client_that_reads_nothing_of_its_answer_is_given_up(goes_on: bool) -> None:
-    async def work() -> None:
-        limits = ConnectionLimits(**(_fields(PATIENT) | {"reading": NEVER if goes_on else SOON}))
-        counts, transport = ConnectionCounts(), FakeTransport()
-        protocol = GuardedProtocol(HttpConfig(None, limits, counts, lifespan="off"), ServerState(), {})
-        protocol.connection_made(cast(asyncio.Transport, transport))
-        protocol.pause_writing()
-        if goes_on:
-            protocol.resume_writing()
-            assert not protocol.flow.write_paused
-        else:
-            await asyncio.wait_for(transport.is_aborted.wait(), HANG_SECONDS)
-        assert counts.timed_out[Phase.READING] == (not goes_on)
-        protocol.connection_lost(OSError())
-        assert counts.open == 0
-
-    asyncio.run(work())
 
 
 def test_beyond_the_limit_only_health_is_answered() -> None:

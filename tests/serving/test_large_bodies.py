@@ -103,6 +103,9 @@ def comparable(answer: httpx.Response) -> tuple[int, Any]:
         (COMPLETIONS, {"prompt": "hi", "stream_options": {"include_usage": True}}),
         (CHAT, {"messages": [{"role": "user", "content": "@refuse"}]}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"a": "\ud800"}}),
+        (CHAT, {"messages": [{}] * 200}),
+        ("/tokenize", {"prompt": "a\ud800"}),
         ("/tokenize", {}),
         ("/detokenize", {"tokens": [104, -1]}),
     ],
@@ -309,15 +312,47 @@ class Endless(ByteTokenizer):
         return super().encode(text, add_special_tokens)
 
 
-def test_a_body_that_takes_too_long_is_given_up_and_the_next_is_read() -> None:
+def test_a_body_that_takes_too_long_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
     process = ReadingProcess(Reader(Endless(), max_model_len=512, vocab_size=VOCAB_SIZE), reading_seconds=0.5)
+    with pytest.raises(RequestFailedError, match="could not be read: send less at once"):
+        process.read(job_of(prompt="endless"))
+    assert not process.is_running
+    assert "a large body took more than 0.5 s to read and is given up" in caplog.text
+
+
+class Broken(ByteTokenizer):
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if text == "broken":
+            raise ValueError("a fault of the tokenizer's")
+        return super().encode(text, add_special_tokens)
+
+
+def test_a_fault_that_is_not_the_bodys_is_logged_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    process = ReadingProcess(Reader(Broken(), max_model_len=512, vocab_size=VOCAB_SIZE))
     try:
-        with pytest.raises(RequestFailedError, match="could not be read: send less at once"):
-            process.read(job_of(prompt="endless"))
-        process = ReadingProcess(Reader(Endless(), max_model_len=512, vocab_size=VOCAB_SIZE))
+        with pytest.raises(RequestFailedError, match="the server's log says why"):
+            process.read(job_of(prompt="broken"))
+        first = process.pid
         assert process.read(job_of(prompt="hi")).result[0].text == "hi"
+        assert process.pid == first
     finally:
         process.end()
+    assert "ValueError: a fault of the tokenizer's" in caplog.text
+
+
+def test_a_body_that_its_client_has_left_holds_nobody_up() -> None:
+    process = ReadingProcess(Reader(Endless(), max_model_len=512, vocab_size=VOCAB_SIZE))
+    lane = LargeBodies(process)
+
+    async def work() -> Reading:
+        left = asyncio.create_task(lane.read(CompletionRequest, job_of(prompt="endless").data))
+        assert await asyncio.to_thread(eventually, lambda: process.is_running)
+        left.cancel()
+        await asyncio.wait([left])
+        return await lane.read(CompletionRequest, job_of(prompt="hi").data)
+
+    assert asyncio.run(work()).result[0].text == "hi"
+    lane.close()
 
 
 def test_no_file_beside_which_the_server_was_started_takes_the_place_of_a_module(
@@ -360,7 +395,8 @@ def test_bodies_that_wait_when_the_server_ends_are_given_up(held: HeldProcess) -
         assert await asyncio.to_thread(eventually, lambda: held.jobs == [b"1"])
         lane.close()
         held.go_on.set()
-        await asyncio.wait([first])
+        with pytest.raises(InvalidRequestError, match="read at last"):
+            await first
         with pytest.raises(RequestFailedError, match="shutting down"):
             await second
         assert held.jobs == [b"1"]

@@ -7,10 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from fly_jax.errors import ClientQueueFullError, QueueFullError
 from serving import ServerOptions
-from serving.middleware import OneByOne
+from serving.byte_budget import ByteBudget
+from serving.middleware import UNCOUNTED_BYTES, LimitBody, OneByOne
 
 Client = Callable[..., httpx.AsyncClient]
 KEYED = ServerOptions(api_keys=("key", "key of another"))
@@ -123,5 +125,63 @@ def test_requests_that_come_at_once_are_let_in_one_a_pass_and_health_passes_by()
         assert entered[1:] == [scope["path"] for scope in scopes[:-1]]
         assert max(after - before for before, after in pairwise(seen)) == 1
         await asyncio.gather(*tasks)
+
+    asyncio.run(work())
+
+
+def test_a_body_whose_length_is_told_twice_is_refused(in_process: Client) -> None:
+    async def send() -> httpx.Response:
+        async with in_process() as client:
+            headers = {"Content-Length": "2", "Transfer-Encoding": "chunked", "Content-Type": "application/json"}
+            return await client.request("POST", "/v1/completions", headers=headers, content=b"{}")
+
+    answer = asyncio.run(send())
+    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
+    assert "either Content-Length or Transfer-Encoding" in answer.json()["error"]["message"]
+
+
+def test_bodies_that_are_being_received_have_so_much_room_in_all() -> None:
+    """Two clients send more than there is room for, but for what is not counted; then there is room again."""
+    budget = ByteBudget(100, "bodies are held until they have been read")
+    received: list[bytes] = []
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        received.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert not budget.total
+        await send({"type": "http.response.body"})
+
+    limit = LimitBody(app, 10**6, budget, lambda request: request.headers["client"])
+
+    class Upload:
+        def __init__(self, client: str) -> None:
+            scope = {"type": "http", "path": "/", "headers": [(b"client", client.encode())]}
+            self.parts: asyncio.Queue[Message] = asyncio.Queue()
+            self.task = asyncio.create_task(limit(scope, self.parts.get, self.send))
+
+        async def send(self, _message: Message) -> None:
+            pass
+
+        async def give(self, size: int, more: bool = True) -> Upload:
+            await self.parts.put({"type": "http.request", "body": b"x" * size, "more_body": more})
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            return self
+
+    async def work() -> None:
+        first = await Upload("one").give(UNCOUNTED_BYTES + 60)
+        assert budget.total == 60
+        again = await Upload("one").give(UNCOUNTED_BYTES)
+        assert budget.total == 60
+        await again.give(1)
+        with pytest.raises(ClientQueueFullError, match="60 bytes of your bodies are held"):
+            await again.task
+        other = await (await Upload("two").give(UNCOUNTED_BYTES)).give(41)
+        with pytest.raises(QueueFullError, match=r"60 bytes of bodies are held .* 41 more they would be over 100"):
+            await other.task
+        await first.give(40, more=False)
+        await first.task
+        assert [len(body) for body in received] == [UNCOUNTED_BYTES + 100]
+        assert not budget.held
 
     asyncio.run(work())

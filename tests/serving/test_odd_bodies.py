@@ -11,7 +11,15 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody
+from serving.protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationBody,
+    LayoutRequest,
+    TokenizeRequest,
+)
 from tests.serving.scripted_engine import ScriptedEngine
 
 ODD: list[Any] = [
@@ -21,13 +29,22 @@ ODD: list[Any] = [
     {"type": "text", "text": 5}, [{"type": "text", "text": "\ud800"}], [{"role": "user", "content": {}}],
     [{"role": [], "content": "x"}], [{"role": "user", "content": [[]]}], {"include_usage": "x"}, list(range(300)),
 ]  # fmt: skip
-PATHS: dict[str, type[GenerationBody]] = {
+GENERATING: dict[str, type[GenerationBody]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+}
+PATHS: dict[str, type[Body]] = {
+    **GENERATING,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/layout": LayoutRequest,
 }
 BASES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [104]},
+    "/layout": {"layout": "2+2"},
 }
 
 
@@ -35,7 +52,7 @@ INTEGERS = (
     "n", "max_tokens", "top_k", "seed", "min_tokens", "priority", "tensor_parallel_size",
 )  # fmt: skip
 BOOLEANS = [
-    *((path, {name: value}, name) for path in PATHS for name in INTEGERS for value in (True, False)),
+    *((path, {name: value}, name) for path in GENERATING for name in INTEGERS for value in (True, False)),
     ("/v1/completions", {"logprobs": True}, "logprobs"),
     ("/v1/completions", {"prompt_logprobs": False}, "prompt_logprobs"),
     ("/v1/completions", {"stop_token_ids": [1, True]}, "stop_token_ids.1"),
@@ -48,10 +65,14 @@ BOOLEANS = [
 def bodies(path: str) -> list[dict[str, Any]]:
     """Each field with each odd value, and random mixtures."""
     model = PATHS[path]
-    names = [*model.model_fields, *model.unsupported]
+    unsupported = model.unsupported if issubclass(model, GenerationBody) else ()
+    names = [*model.model_fields, *unsupported]
     single = [{**BASES[path], name: value} for name in names for value in ODD]
     chance = random.Random(0)
-    mixed = [{**BASES[path], **{name: chance.choice(ODD) for name in chance.sample(names, 5)}} for _ in range(100)]
+    mixed = [
+        {**BASES[path], **{name: chance.choice(ODD) for name in chance.sample(names, min(5, len(names)))}}
+        for _ in range(100)
+    ]
     return [*single, *mixed]
 
 
