@@ -75,7 +75,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     for name, seconds, what in (
         ("keep-alive", 5, "that a connection may be idle between two requests"),
         ("headers", 10, "until the headers of a request are complete"),
-        ("body", 30, "until its body is complete, and one more for every 16 KiB that have come"),
+        ("body", 30, "until its body is complete, and as many again whenever 16 KiB/s have come"),
         ("reading", 60, "for which a client may read nothing of an answer that waits for it"),
     ):
         server.add_argument(
