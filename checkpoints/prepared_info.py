@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.errors import CheckpointError
-from fly_jax.json_files import read_json
+from fly_jax.host.json_files import read_json
 
 INFO_FILE = "fly_jax.json"
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from fly_jax.errors import CheckpointError
-from fly_jax.json_files import read_json
+from fly_jax.host.json_files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -2,6 +2,6 @@
 
 import sys
 
-from fly_jax.cli import main
+from fly_jax.cli.main import main
 
 sys.exit(main())

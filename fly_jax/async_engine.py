@@ -7,25 +7,25 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
-from fly_jax.choices import policy_given, policy_named, strategy_named
 from fly_jax.config import EngineConfig
-from fly_jax.engine import Engine
-from fly_jax.engine_thread import EngineThread
+from fly_jax.engine.engine import Engine
+from fly_jax.engine.loader import LoadedModel, Progress, load_model
+from fly_jax.engine.request_rules import check_allowed
+from fly_jax.engine.thread import EngineThread
+from fly_jax.engine.watchdog import Watchdog
 from fly_jax.errors import EngineDeadError
-from fly_jax.loader import LoadedModel, Progress, load_model
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport
 from fly_jax.policy import Policy
-from fly_jax.request_rules import check_allowed
+from fly_jax.policy.names import policy_given, policy_named, strategy_named
 from fly_jax.sampling_params import SamplingDefaults, SamplingParams
-from fly_jax.tokenizer import Tokenizer
-from fly_jax.watchdog import Watchdog
+from fly_jax.text.tokenizer import Tokenizer
 
 
 class AsyncEngine:
     """Streams requests through an engine that runs on its own thread.
 
     Args:
-        model: what :func:`fly_jax.loader.load_model` returned.
+        model: what :func:`fly_jax.engine.loader.load_model` returned.
     """
 
     def __init__(self, model: LoadedModel) -> None:
@@ -164,8 +164,8 @@ class AsyncEngine:
         """Hands the choice of the layout to the engine (``auto``) or a function, or pins the one in force (``static``).
 
         Args:
-            policy: a name, or a :data:`fly_jax.policy.Policy`: a function of a :class:`fly_jax.load.Load` and a
-                :class:`fly_jax.load.Machine` that returns a :class:`fly_jax.policy.Decision`. The engine's thread
+            policy: a name, or a :data:`fly_jax.policy.Policy`: a function of a :class:`fly_jax.policy.Load` and a
+                :class:`fly_jax.policy.Machine` that returns a :class:`fly_jax.policy.Decision`. The engine's thread
                 calls it every few steps while there is work, so it should take well under a millisecond. One that
                 fails, or asks for a layout that cannot be switched to, gives way to ``load_adaptive``.
 

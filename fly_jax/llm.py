@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fly_jax.choices import policy_given, policy_named, strategy_named
 from fly_jax.config import EngineConfig
 from fly_jax.errors import EngineDeadError, InvalidRequestError, RequestFailedError
-from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport, TokenLogprob
+from fly_jax.logprobs import TokenLogprob
+from fly_jax.outputs import EngineStats, RequestDelta, RequestOutput, SwitchReport
 from fly_jax.platform import DEFAULT_DEVICES, configure_devices
+from fly_jax.policy.names import policy_given, policy_named, strategy_named
 from fly_jax.progress import GenerationProgress, LoadProgress
 from fly_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from fly_jax.logprobs import PromptLogprobs
     from fly_jax.models.config import ModelConfig
     from fly_jax.policy import Policy
-    from fly_jax.prompt_logprobs import PromptLogprobs
 
 Prompt = str | Sequence[int]
 
@@ -55,9 +56,9 @@ class LLM:
         **options: Any,
     ) -> None:
         configure_devices(devices or DEFAULT_DEVICES)
-        from fly_jax.engine import Engine  # jax starts here, after its devices are configured
-        from fly_jax.engine_thread import EngineThread
-        from fly_jax.loader import load_model
+        from fly_jax.engine.engine import Engine  # jax starts here, after its devices are configured
+        from fly_jax.engine.loader import load_model
+        from fly_jax.engine.thread import EngineThread
 
         config = EngineConfig(model=Path(model), devices=devices, layout=layout, **options)
         with LoadProgress(enabled=progress) as bar:
@@ -122,8 +123,8 @@ class LLM:
         """Hands the choice of the layout to the engine (``auto``) or a function, or pins the one in force (``static``).
 
         Args:
-            policy: a name, or a :data:`fly_jax.policy.Policy`: a function of a :class:`fly_jax.load.Load` and a
-                :class:`fly_jax.load.Machine` that returns a :class:`fly_jax.policy.Decision`. The engine's thread
+            policy: a name, or a :data:`fly_jax.policy.Policy`: a function of a :class:`fly_jax.policy.Load` and a
+                :class:`fly_jax.policy.Machine` that returns a :class:`fly_jax.policy.Decision`. The engine's thread
                 calls it every few steps while there is work, so it should take well under a millisecond. One that
                 fails, or asks for a layout that cannot be switched to, gives way to ``load_adaptive``.
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fly_jax.prompt_logprobs import PromptLogprobs
+from fly_jax.logprobs import PromptLogprobs, TokenLogprob
 
 
 class SwitchStrategy(StrEnum):
@@ -31,24 +29,6 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One token's log-probability and its most likely alternatives.
-
-    Attributes:
-        token_id: the sampled token, or the prompt's.
-        logprob: natural log-probability of the token under the model's own distribution, before temperature,
-            truncation and the mask of ``min_tokens``.
-        top: (token id, log-probability), most likely first.
-        rank: how many tokens are at least as likely; known of prompt tokens only.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Depends, Request
 
 from fly_jax.errors import ConfigError, LayoutError
-from fly_jax.layout_control import CANONICAL, STATIC
+from fly_jax.switching.control import CANONICAL, STATIC
 from serving.engine_client import EngineClient
 from serving.errors import AUTHENTICATION, PERMISSION, ApiError
 from serving.middleware import bearer_token, same_secret

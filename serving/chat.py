@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fly_jax.outputs import RequestDelta, TokenLogprob
+from fly_jax.logprobs import TokenLogprob
+from fly_jax.outputs import RequestDelta
 from serving.answer import answer, make_job
 from serving.engine_client import TokenizerClient
 from serving.generation import Job, Outcome

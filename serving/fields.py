@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from fly_jax.choices import policy_named
 from fly_jax.config import POLICIES
 from fly_jax.errors import ConfigError, InvalidRequestError
+from fly_jax.policy.names import policy_named
 from fly_jax.sampling_params import MAX_STOP_STRINGS
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fly_jax.errors import InvalidRequestError, RequestFailedError
-from fly_jax.outputs import FinishReason, RequestDelta, TokenLogprob
-from fly_jax.prompt_logprobs import PromptLogprobs
+from fly_jax.logprobs import PromptLogprobs, TokenLogprob
+from fly_jax.outputs import FinishReason, RequestDelta
 from fly_jax.sampling_params import MAX_SEED, SamplingParams
 from serving.engine_client import EngineClient
 from serving.metrics import ServerMetrics

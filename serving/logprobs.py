@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from fly_jax.outputs import TokenLogprob
-from fly_jax.prompt_logprobs import PromptLogprobs
+from fly_jax.logprobs import PromptLogprobs, TokenLogprob
 from serving.engine_client import TokenizerClient
 from serving.responses import ChatLogprobs, CompletionLogprobs, TokenLogprobInfo, TopLogprob
 

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fly_jax.outputs import EngineStats, FinishReason, SwitchReport, SwitchStrategy
-from fly_jax.policy import DecisionKind
+from fly_jax.policy.adaptive import DecisionKind
 from serving.connections import ConnectionCounts
 
 MODEL = "model_name"

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fly_jax import LLM, EngineConfig, SamplingParams
-from fly_jax.group_scheduler import ScheduledRow, StepPlan
-from fly_jax.kv_cache import KVCacheManager
+from fly_jax.device.runner import ModelRunner
+from fly_jax.kv.blocks import KVCacheManager
 from fly_jax.layout import DeviceGroup
-from fly_jax.request import Request
-from fly_jax.runner import ModelRunner
+from fly_jax.scheduling.request import Request
+from fly_jax.scheduling.step import ScheduledRow, StepPlan
 
 # One bucket of each kind: as few compiles as an engine can have.
 SMALL: dict[str, Any] = {"policy": "static", "max_num_seqs": 4, "max_num_batched_tokens": 128, "optimization_level": 0}

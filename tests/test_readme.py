@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fly_jax.bench.__main__ import parse
-from fly_jax.cli import main
+from fly_jax.cli.main import main
 from tests.tiny_models import CASES, write_model
 
 ROOT = Path(__file__).parent.parent

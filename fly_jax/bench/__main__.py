@@ -20,7 +20,7 @@ from fly_jax.bench import (
     terminal,
     throughput,
 )
-from fly_jax.cli import Parser
+from fly_jax.cli.main import Parser
 from fly_jax.errors import FlyJaxError
 
 # What one may want to know, and the commands that tell it, each in one line.

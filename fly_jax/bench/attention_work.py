@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fly_jax.batch import chunk_blocks
 from fly_jax.bench.timing import seconds_per_call
-from fly_jax.group_scheduler import TILE_TOKENS
-from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.device.step_upload import chunk_blocks
+from fly_jax.kv.blocks import KVCacheSpec
+from fly_jax.scheduling.step import TILE_TOKENS
 from kernels_pallas import AttentionBackend, AttentionOptions, KVLayout, QueryRuns, storage_dtype
 
 # Calls that follow one another in a program, each on another layer's KV, as in a step. What a program does once (it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fly_jax.cli_options import LOAD_FORMAT_HELP
+from fly_jax.cli.options import LOAD_FORMAT_HELP
 from fly_jax.config import LOAD_FORMATS
 
 

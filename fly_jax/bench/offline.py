@@ -166,7 +166,7 @@ def loaded_engine(options: argparse.Namespace, max_num_seqs: int) -> Iterator[Of
     """
     configure_devices(options.devices)
     from checkpoints.demo import MODEL  # jax comes with it: only once the devices are configured
-    from fly_jax.engine_plan import plan_engine
+    from fly_jax.engine.plan import plan_engine
     from fly_jax.llm import LLM
 
     given: dict[str, Any] = {

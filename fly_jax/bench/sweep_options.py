@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fly_jax.bench.serve_options import add_load_arguments, command_module
-from fly_jax.cli_options import STRATEGIES
+from fly_jax.cli.options import STRATEGIES
 
 DESCRIPTION = (
     "Sends one workload again and again: in every static layout, and with the policy that follows the load, under each "

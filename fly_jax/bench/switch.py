@@ -22,7 +22,7 @@ from fly_jax.bench import results, terminal
 from fly_jax.bench.load_format import add_load_format
 from fly_jax.bench.output_paths import check_file
 from fly_jax.bench.result_files import short_layout
-from fly_jax.cli_options import STRATEGIES
+from fly_jax.cli.options import STRATEGIES
 from fly_jax.config import EngineConfig
 from fly_jax.errors import ConfigError, EngineDeadError, LayoutError
 from fly_jax.layout import Layout
@@ -32,7 +32,7 @@ from fly_jax.progress import LoadProgress
 from fly_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from fly_jax.engine_thread import EngineThread
+    from fly_jax.engine.thread import EngineThread
 
 COLUMNS = (
     "The table's columns, in milliseconds. drain: waiting for requests to end. ahead: copying KV while tokens still "
@@ -247,9 +247,9 @@ class _Bench:
         self._names = itertools.count()
 
     def __enter__(self) -> _Bench:
-        from fly_jax.engine import Engine
-        from fly_jax.engine_thread import EngineThread
-        from fly_jax.loader import load_model
+        from fly_jax.engine.engine import Engine
+        from fly_jax.engine.loader import load_model
+        from fly_jax.engine.thread import EngineThread
 
         with LoadProgress(enabled=True) as bar:
             self._model = load_model(self._config, bar.report)
@@ -273,7 +273,7 @@ class _Bench:
     @property
     def relayout_ms(self) -> dict[int, float]:
         """One launch of a relayout program by the degree of the wider group, as measured at warm-up."""
-        from fly_jax.step_times import step_times_of
+        from fly_jax.engine.step_times import step_times_of
 
         seconds = step_times_of(self._model.runner.executables.step_seconds).relayout
         return {degree: 1e3 * each for degree, each in seconds.items()}

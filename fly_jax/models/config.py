@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_jax.errors import ConfigError
-from fly_jax.json_files import read_json
+from fly_jax.host.json_files import read_json
 from fly_jax.models.config_fields import refuse_unsupported
 from fly_jax.models.rope import RopeConfig, parse_rope, positive_number
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from checkpoints import convert, load_weights, prepared_info, read_model
 from checkpoints.model_folder import refuse_other_formats
-from fly_jax.engine_plan import plan_engine, weight_bytes
+from fly_jax.engine.plan import plan_engine, weight_bytes
 from fly_jax.errors import CheckpointError
 from fly_jax.models.sharding import model_spec
 from tests.checkpoints.models import tensors

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fly_jax.kv_cache import KVCacheManager, KVCacheSpec
+from fly_jax.kv.blocks import KVCacheManager, KVCacheSpec
 from fly_jax.layout import DeviceGroup
-from fly_jax.prompt_logprobs import PromptLogprobs
-from fly_jax.request import Request
+from fly_jax.logprobs import PromptLogprobs
 from fly_jax.sampling_params import SamplingParams
-from fly_jax.tokenizer import Tokenizer
+from fly_jax.scheduling.request import Request
+from fly_jax.text.tokenizer import Tokenizer
 from tests.tiny_models import CASES, tokenizer_config, tokenizer_json
 
 

@@ -18,13 +18,13 @@ from fly_jax.platform import configure_deviceless_cuda
 configure_deviceless_cuda()
 
 from fly_jax.config import EngineConfig  # noqa: E402  the platform is chosen above
-from fly_jax.device_groups import DeviceMeshes  # noqa: E402
-from fly_jax.engine_plan import fitting_blocks, weight_bytes  # noqa: E402
-from fly_jax.executables import ProgramLowerer, ProgramShapes, StepKind, compile_all  # noqa: E402
+from fly_jax.device.executables import ProgramLowerer, ProgramShapes, StepKind, compile_all  # noqa: E402
+from fly_jax.device.meshes import DeviceMeshes  # noqa: E402
+from fly_jax.device.program_memory import largest_keys, working_bytes  # noqa: E402
+from fly_jax.engine.plan import fitting_blocks, weight_bytes  # noqa: E402
 from fly_jax.inspection import ProgramReport  # noqa: E402
+from fly_jax.kv.slabs import HeadSplits  # noqa: E402
 from fly_jax.layout import all_groups  # noqa: E402
-from fly_jax.program_memory import largest_keys, working_bytes  # noqa: E402
-from fly_jax.relayout_plan import HeadSplits  # noqa: E402
 from tests.fly_jax.programs import check_in_place, check_relayout_in_place, shapes_of_8b  # noqa: E402
 from tests.h200 import H200, node_of_h200s  # noqa: E402
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
-from fly_jax.engine import Engine
-from fly_jax.group_scheduler import GroupScheduler, StepPlan
-from fly_jax.kv_cache import BlockTable
+from fly_jax.engine.engine import Engine
+from fly_jax.kv.blocks import BlockTable
 from fly_jax.layout import DeviceGroup
 from fly_jax.outputs import SwitchReport
-from fly_jax.request import Request, RequestState
-from fly_jax.scheduler import Scheduler
+from fly_jax.scheduling.group import GroupScheduler
+from fly_jax.scheduling.request import Request, RequestState
+from fly_jax.scheduling.scheduler import Scheduler
+from fly_jax.scheduling.step import StepPlan
 from tests.fly_jax.simulated_runner import SimulatedRunner
 
 
@@ -56,7 +57,7 @@ def state_of(request: Request) -> tuple[Any, ...]:
 
 def reserved_tables(engine: Engine) -> list[BlockTable]:
     """Blocks that a switch under way has taken ahead."""
-    switch = engine.scheduler.switch
+    switch = engine.control.switcher.switch
     return [] if switch is None else switch.reserved_tables
 
 
@@ -119,8 +120,8 @@ def assert_by_rank(requests: Sequence[Request]) -> None:
 
 def could_hold(scheduler: Scheduler, request: Request) -> list[GroupScheduler]:
     """Open groups that are as wide as asked for and hold the request to its end, or as long as any does."""
-    switch, capacity = scheduler.switch, scheduler.kv.spec.capacity_tokens
-    admitting = [local for group, local in scheduler.groups.items() if switch is None or switch.admits(group, request)]
+    capacity = scheduler.kv.spec.capacity_tokens
+    admitting = [local for group, local in scheduler.groups.items() if scheduler.hooks.admits(group, request)]
     widest = max((local.group.size for local in admitting), default=1)
     needed = min(len(request.prompt_ids) + request.limit, capacity(widest))
     return [

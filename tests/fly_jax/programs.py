@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fly_jax.device_groups import DeviceMeshes
-from fly_jax.executables import ExecutableKey, ProgramLowerer, ProgramShapes, StepKind
+from fly_jax.device.executables import ExecutableKey, ProgramLowerer, ProgramShapes, StepKind
+from fly_jax.device.meshes import DeviceMeshes
+from fly_jax.device.relayout import CHUNK_SLABS
 from fly_jax.inspection import ProgramReport
-from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.kv.blocks import KVCacheSpec
+from fly_jax.kv.slabs import HeadSplits
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.config import ModelConfig
 from fly_jax.models.sharding import ParameterSpec, model_spec
-from fly_jax.relayout import CHUNK_SLABS
-from fly_jax.relayout_plan import HeadSplits
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,

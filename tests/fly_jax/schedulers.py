@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fly_jax.group_scheduler import SchedulerLimits
+from fly_jax.kv.slabs import HeadSplits, PackedRelayout, SlabMove
 from fly_jax.layout import DeviceGroup, Layout, all_groups
-from fly_jax.relayout_plan import HeadSplits, PackedRelayout, SlabMove
-from fly_jax.request import Request
-from fly_jax.scheduler import Scheduler
+from fly_jax.scheduling.request import Request
+from fly_jax.scheduling.scheduler import Scheduler
+from fly_jax.scheduling.step import SchedulerLimits
+from fly_jax.switching.switcher import Switcher
 from tests.fly_jax.builders import make_kv, make_request
 
 
@@ -42,17 +43,24 @@ def make_scheduler(
     patience: int = 512,
     elastic: bool = False,
 ) -> Scheduler:
-    return Scheduler(
+    scheduler = Scheduler(
         Layout.parse(layout, 4),
         SchedulerLimits(max_num_seqs, 64, patience),
         make_kv(num_blocks, num_devices=4),
-        NoMover(),
         max_model_len=max_model_len,
         max_queued=max_queued,
         max_queued_per_client=max_queued_per_client,
         compiled=all_groups(4, 1),
         elastic=elastic,
     )
+    Switcher(scheduler, NoMover())
+    return scheduler
+
+
+def switcher_of(scheduler: Scheduler) -> Switcher:
+    """What changes its layout."""
+    assert isinstance(scheduler.hooks, Switcher)
+    return scheduler.hooks
 
 
 def add(scheduler: Scheduler, *requests: Request) -> None:

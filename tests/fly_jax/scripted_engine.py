@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
-from fly_jax.engine import Engine
-from fly_jax.engine_thread import EngineThread
+from fly_jax.engine.engine import Engine
+from fly_jax.engine.thread import EngineThread
+from fly_jax.engine.watchdog import Watchdog
 from fly_jax.errors import ConfigError, ContextLengthError, EngineDeadError, LayoutError
 from fly_jax.layout import Layout
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
-from fly_jax.switch_log import SwitchTicket
-from fly_jax.watchdog import Watchdog
+from fly_jax.switching.log import SwitchTicket
 
 TIMEOUT = 120.0  # only ever reached by a thread that hangs
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)

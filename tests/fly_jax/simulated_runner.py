@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from fly_jax.engine import Engine
-from fly_jax.executables import ExecutableKey
-from fly_jax.group_scheduler import ScheduledRow, SchedulerLimits, StepPlan
-from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.device.executables import ExecutableKey
+from fly_jax.device.runner import RowResult
+from fly_jax.engine.engine import Engine
+from fly_jax.kv.blocks import KVCacheSpec
+from fly_jax.kv.slabs import HeadSplits, PackedRelayout, SlabMove, SlabPlace, exchange_rounds
 from fly_jax.layout import DeviceGroup, Layout, all_groups
-from fly_jax.outputs import SwitchStrategy, TokenLogprob
-from fly_jax.relayout_plan import HeadSplits, PackedRelayout, SlabMove, SlabPlace, exchange_rounds
-from fly_jax.request import Request
-from fly_jax.runner import RowResult
+from fly_jax.logprobs import TokenLogprob
+from fly_jax.outputs import SwitchStrategy
+from fly_jax.scheduling.request import Request
+from fly_jax.scheduling.step import ScheduledRow, SchedulerLimits, StepPlan
 from tests.fly_jax.builders import own_logprobs
 
 VOCABULARY = 64
@@ -68,7 +69,7 @@ class Launch:
 
 
 class SimulatedRunner:
-    """Stands in for :class:`fly_jax.runner.ModelRunner`.
+    """Stands in for :class:`fly_jax.device.runner.ModelRunner`.
 
     A device's pool is ``[blocks, heads * tokens, 4]``: one record ``(life, KV head, position, token)`` for each head
     and token, in the order in which a block holds them at the degree that wrote it. A life is a request from one

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fly_jax.batch import BackboneShape
-from fly_jax.group_scheduler import StepPlan
+from fly_jax.device.step_upload import BackboneShape
+from fly_jax.scheduling.step import StepPlan
 
 
 @dataclass(frozen=True)

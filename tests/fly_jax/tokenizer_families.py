@@ -9,7 +9,7 @@ from functools import cache
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from fly_jax.tokenizer import Tokenizer
+from fly_jax.text.tokenizer import Tokenizer
 
 BOS, EOS, TURN = "<s>", "</s>", "<|turn|>"
 _CORPUS = [

@@ -11,11 +11,11 @@ import pytest
 
 from fly_jax.errors import ContextLengthError, InvalidRequestError, LayoutError, QueueFullError
 from fly_jax.layout import DeviceGroup, Layout
-from fly_jax.layout_switch import LayoutSwitch
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
-from fly_jax.request import Request, RequestState
 from fly_jax.sampling_params import SamplingParams
-from fly_jax.switch_log import SwitchTicket
+from fly_jax.scheduling.request import Request, RequestState
+from fly_jax.switching.log import SwitchTicket
+from fly_jax.switching.strategies import LayoutSwitch
 from tests.fly_jax.invariants import (
     Snapshot,
     assert_by_rank,
@@ -69,6 +69,7 @@ class Traffic:
         self.options, self.static = options, True
         self.engine, self.runner = simulated_engine(**options)
         self.scheduler, self.kv = self.engine.scheduler, self.engine.kv
+        self.switcher = self.engine.control.switcher
         self.accepted: dict[str, Request] = {}
         self.deltas: dict[str, list[RequestDelta]] = defaultdict(list)
         self.tickets: list[SwitchTicket] = []
@@ -83,8 +84,8 @@ class Traffic:
             self.scheduler.preempt,
             self._watched_preempt,
         )
-        self._advance, self.scheduler.advance_switch = (  # type: ignore[method-assign]
-            self.scheduler.advance_switch,
+        self._advance, self.switcher.advance = (  # type: ignore[method-assign]
+            self.switcher.advance,
             self._watched_advance,
         )
         self._start, self.scheduler.waiting.start = (  # type: ignore[method-assign]
@@ -103,7 +104,7 @@ class Traffic:
         except ContextLengthError:
             assert len(prompt) >= scheduler.context_limit()
         except InvalidRequestError:
-            assert width > (scheduler.target or scheduler.layout).widest
+            assert width > (self.switcher.target or scheduler.layout).widest
         except QueueFullError:
             assert len(scheduler.waiting) >= scheduler.max_queued
         else:
@@ -188,7 +189,7 @@ class Traffic:
         for request in waiting:
             assert request.state is RequestState.WAITING
             assert (request.table, request.slot, request.num_computed) == (None, -1, 0)
-            widest = max(layout.widest for layout in (scheduler.layout, scheduler.target) if layout is not None)
+            widest = max(layout.widest for layout in (scheduler.layout, self.switcher.target) if layout is not None)
             fits = not self.static or request.num_tokens < self.kv.spec.capacity_tokens(widest)
             assert fits or request.will_sample_no_more, f"{request.request_id} can never run again: {self._where()}"
 
@@ -218,7 +219,7 @@ class Traffic:
             return
         head = self.scheduler.waiting.next(())
         candidates = [] if head is None else could_hold(self.scheduler, head)
-        returning = [] if self.scheduler.switch is None else self.scheduler.switch.returning()
+        returning = [] if self.switcher.switch is None else self.switcher.switch.returning()
         paused, self._started, self._displaced = list(self.scheduler.paused), [], []
         self._route()
         for victim, group, was_overdue in self._displaced:
@@ -259,7 +260,7 @@ class Traffic:
 
     def _refusal(self, target: str, strategy: SwitchStrategy) -> str | None:
         """What a switch must be refused for."""
-        if self.scheduler.target is not None:
+        if self.switcher.target is not None:
             return "under way"
         widest = max(group.size for group in groups_of(target))
         for request in self.scheduler.waiting:
@@ -282,7 +283,7 @@ class Traffic:
         return self.kv.spec.capacity_tokens(max(near))
 
     def _watched_advance(self) -> LayoutSwitch | None:
-        switch = self.scheduler.switch
+        switch = self.switcher.switch
         if switch is None:
             return self._advance()
         target, before = str(switch.target), Snapshot.of(self.engine)
@@ -302,7 +303,7 @@ class Traffic:
             done = self._advance()
         except LayoutError:
             assert Snapshot.of(self.engine) == before
-            assert self.scheduler.switch is None
+            assert self.switcher.switch is None
             waiting = [request for request in self.scheduler.waiting if request.preempted]
             widest = self.kv.spec.capacity_tokens(switch.target.widest)
             too_long = [each for each in concerned if self._too_long(each, target)]
@@ -390,7 +391,7 @@ class Traffic:
         running = {str(group): [r.request_id for r in local.running] for group, local in scheduler.groups.items()}
         waiting = [f"{r.request_id}({r.num_tokens}+{r.num_pending})" for r in scheduler.waiting]
         paused = [f"{r.request_id}@{r.held_table.group}" for r in scheduler.paused]
-        switch = scheduler.switch and f"{scheduler.switch.strategy} to {scheduler.target}"
+        switch = self.switcher.switch and f"{self.switcher.switch.strategy} to {self.switcher.target}"
         free = [allocator.num_free for allocator in self.kv.allocators]
         return f"{switch}, running {running}, waiting {waiting}, paused {paused}, free {free}"
 

@@ -8,14 +8,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fly_jax.buckets import Buckets
-from fly_jax.executables import ExecutableKey, StepKind
-from fly_jax.group_scheduler import StepPlan
+from fly_jax.device.buckets import Buckets
+from fly_jax.device.executables import ExecutableKey, StepKind
+from fly_jax.device.runner import RowResult
+from fly_jax.kv.slabs import PackedRelayout, relayout_splits
 from fly_jax.layout import DeviceGroup, all_groups
-from fly_jax.outputs import RequestDelta, TokenLogprob
-from fly_jax.relayout_plan import PackedRelayout, relayout_splits
-from fly_jax.runner import RowResult
+from fly_jax.logprobs import TokenLogprob
+from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.scheduling.step import StepPlan
 from tests.fly_jax.simulated_runner import SimulatedRunner, SimulatedStep, simulated_engine
 
 HOST_SECONDS = 2e-4

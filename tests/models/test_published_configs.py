@@ -15,8 +15,8 @@ import pytest
 
 from checkpoints import read_model
 from fly_jax.errors import CheckpointError, ConfigError
-from fly_jax.generation_config import read_sampling_defaults
 from fly_jax.models.config import ModelConfig
+from fly_jax.models.generation_config import read_sampling_defaults
 from fly_jax.sampling_params import SamplingDefaults
 
 CONFIGS = Path(__file__).parent / "published_configs"

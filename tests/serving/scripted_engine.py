@@ -25,8 +25,8 @@ from fly_jax.errors import (
     LayoutError,
     QueueFullError,
 )
-from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy, TokenLogprob
-from fly_jax.prompt_logprobs import PromptLogprobs
+from fly_jax.logprobs import PromptLogprobs, TokenLogprob
+from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingDefaults, SamplingParams
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 258

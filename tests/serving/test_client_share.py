@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from fly_jax import AsyncEngine
-from fly_jax.runner import RowResult
+from fly_jax.device.runner import RowResult
 from fly_jax.sampling_params import SamplingDefaults
 from serving import ServerOptions
 from tests.fly_jax.simulated_runner import SimulatedRunner, SimulatedStep, simulated_engine

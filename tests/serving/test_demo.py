@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from checkpoints.demo.text import recall_prompt
-from fly_jax.cli import main
+from fly_jax.cli.main import main
 from fly_jax.errors import FlyJaxError
 from fly_jax.outputs import EngineStats
 from fly_jax.sampling_params import SamplingParams

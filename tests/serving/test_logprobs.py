@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fly_jax.outputs import TokenLogprob
+from fly_jax.logprobs import TokenLogprob
 from serving.logprobs import CompletionLogprobWriter, TokenNames
 from tests.fly_jax.builders import own_logprobs
 from tests.fly_jax.tokenizer_families import BOS, EOS, TURN, family

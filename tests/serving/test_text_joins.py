@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import httpx
 import pytest
 
-from fly_jax.output_processor import OutputProcessor
-from fly_jax.outputs import RequestDelta, TokenLogprob
+from fly_jax.logprobs import TokenLogprob
+from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.text.output_processor import OutputProcessor
 from tests.fly_jax.builders import make_request
 from tests.fly_jax.tokenizer_families import family
 from tests.serving.live import LiveServer, live_server

@@ -14,7 +14,7 @@ from fly_jax.bench.gpu_parts.records import Records, part_parser, read
 from fly_jax.platform import configure_devices, use_cpu_only
 
 if TYPE_CHECKING:
-    from fly_jax.loader import LoadedModel
+    from fly_jax.engine.loader import LoadedModel
 
 PROMPTS = (
     "Once upon a time",
@@ -74,7 +74,7 @@ def _check_views(records: Records) -> None:
     import jax
     import jax.numpy as jnp
 
-    from fly_jax.views import view_rows
+    from fly_jax.device.views import view_rows
 
     base = jax.block_until_ready(jax.random.normal(jax.random.key(0), (8192, 4096), jnp.bfloat16))
     count = 0
@@ -95,7 +95,7 @@ def _generate(loaded: LoadedModel, records: Records) -> Generated:
         RuntimeError: the pool moved while prompts and decodes ran.
     """
     from fly_jax.bench.gpu_parts.stepping import add, step
-    from fly_jax.engine import Engine
+    from fly_jax.engine.engine import Engine
     from fly_jax.sampling_params import SamplingParams
 
     engine, pool = Engine(loaded), loaded.runner.pool

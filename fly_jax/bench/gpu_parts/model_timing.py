@@ -15,8 +15,8 @@ from fly_jax.bench.gpu_parts.stepping import WaitTimer, add, drain, load_on_one_
 from fly_jax.bench.gpu_parts.trace import seconds_by_kernel
 from fly_jax.bench.offline import PromptSource
 from fly_jax.bench.timing import copy_bytes_per_second
-from fly_jax.engine import Engine
-from fly_jax.loader import LoadedModel
+from fly_jax.engine.engine import Engine
+from fly_jax.engine.loader import LoadedModel
 from fly_jax.sampling_params import SamplingParams
 
 SHORT_PROMPT = 16

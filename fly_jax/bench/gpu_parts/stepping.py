@@ -9,11 +9,11 @@ from typing import Any
 
 from fly_jax.bench.prompts import Prompt
 from fly_jax.config import EngineConfig
-from fly_jax.engine import Engine
+from fly_jax.device.runner import InFlightStep, ModelRunner, RowResult
+from fly_jax.engine.engine import Engine
+from fly_jax.engine.loader import LoadedModel, load_model
 from fly_jax.errors import FlyJaxError
-from fly_jax.loader import LoadedModel, load_model
 from fly_jax.outputs import RequestDelta
-from fly_jax.runner import InFlightStep, ModelRunner, RowResult
 from fly_jax.sampling_params import SamplingParams
 
 

@@ -94,7 +94,7 @@ def test_a_dry_run_with_toy_sizes_ends_well_on_cpu(tmp_path: Path) -> None:
 
 def test_no_web_package_is_imported() -> None:
     bench = ("gpu", "gpu_parts.engine", "gpu_parts.model", "gpu_parts.trace", "kernel_tuning", "latency")
-    modules = ", ".join(("fly_jax.llm", "fly_jax.loader", *(f"fly_jax.bench.{name}" for name in bench)))
+    modules = ", ".join(("fly_jax.llm", "fly_jax.engine.loader", *(f"fly_jax.bench.{name}" for name in bench)))
     check = (
         f"import sys, {modules}\nprint({{'fastapi', 'uvicorn', 'pydantic', 'starlette', 'serving'}} & set(sys.modules))"
     )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fly_jax.kv_cache import KVCacheSpec
+from fly_jax.kv.blocks import KVCacheSpec
 from fly_jax.models.config import ModelConfig
 from fly_jax.models.partition import ROW_ALIGNMENT, Partition
 from tests.fly_jax.models.test_config import read

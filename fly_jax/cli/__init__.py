@@ -1,0 +1,1 @@
+"""The ``fly-jax`` command."""

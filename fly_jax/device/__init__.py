@@ -1,0 +1,1 @@
+"""What runs on the devices: programs, memory, and who launches them."""

@@ -1,0 +1,1 @@
+"""Files and logs of the machine that the engine runs on."""

@@ -1,0 +1,1 @@
+"""Who runs, waits and gives way. Pure Python, no JAX."""

@@ -1,0 +1,1 @@
+"""How one layout gives way to another. Pure Python, no JAX."""
