@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from fly_jax.config import EngineConfig
 from fly_jax.engine.engine import Engine
-from fly_jax.engine.loader import LoadedModel, Progress, load_model
+from fly_jax.engine.loader import LoadedModel, ReportProgress, load_model
 from fly_jax.engine.request_rules import check_allowed
 from fly_jax.engine.thread import EngineThread
 from fly_jax.engine.watchdog import Watchdog
@@ -37,7 +37,7 @@ class AsyncEngine:
         self._thread = EngineThread(engine, watchdog)
 
     @classmethod
-    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
+    def from_config(cls, config: EngineConfig, progress: ReportProgress | None = None) -> AsyncEngine:
         """Loads the model, which blocks until every program is compiled."""
         return cls(load_model(config, progress))
 

@@ -24,7 +24,8 @@ from fly_jax.engine.plan import EnginePlan, plan_engine, with_kept_free
 from fly_jax.platform import cache_dir
 from kernels_pallas import storage_dtype
 
-Progress = Callable[[str, int, int], None]
+# Told of a phase, what of it is done and how much there is.
+ReportProgress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class LoadedModel:
     compiles: CompileCounter
 
 
-def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+def load_model(config: EngineConfig, progress: ReportProgress | None = None) -> LoadedModel:
     """Plans, loads, compiles and warms up.
 
     Args:
@@ -64,7 +65,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     return LoadedModel(plan, runner, compiles)
 
 
-def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: Progress) -> ModelRunner:
+def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: ReportProgress) -> ModelRunner:
     """Places the weights and pools of a plan and compiles the programs of these keys.
 
     Raises:
@@ -79,7 +80,7 @@ def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: Progres
     return ModelRunner(plan.shapes, meshes, weights, pool, executables)
 
 
-def measure_working_bytes(plan: EnginePlan, report: Progress) -> int:
+def measure_working_bytes(plan: EnginePlan, report: ReportProgress) -> int:
     """Bytes of one device that a plan's programs need besides weights and KV, from compiling the largest of them.
 
     They are compiled again once the number of blocks is settled, since the pools' shape is part of every program.
@@ -93,7 +94,7 @@ def measure_working_bytes(plan: EnginePlan, report: Progress) -> int:
 
 
 def _compile(
-    plan: EnginePlan, meshes: DeviceMeshes, keys: list[ExecutableKey], phase: str, report: Progress
+    plan: EnginePlan, meshes: DeviceMeshes, keys: list[ExecutableKey], phase: str, report: ReportProgress
 ) -> ExecutableTable:
     enable_compilation_cache()
     return compile_all(
@@ -119,7 +120,7 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load_weights(plan: EnginePlan, meshes: DeviceMeshes, report: Progress) -> WeightsManager:
+def _load_weights(plan: EnginePlan, meshes: DeviceMeshes, report: ReportProgress) -> WeightsManager:
     spec = plan.shapes.model
     if plan.config.load_format == "dummy":
         drawn = draw_resident(spec, meshes, plan.config.seed, lambda done, total: report("loading", done, total))
@@ -127,7 +128,7 @@ def _load_weights(plan: EnginePlan, meshes: DeviceMeshes, report: Progress) -> W
     return WeightsManager.from_host(spec, meshes, _load_host(plan, report))
 
 
-def _load_host(plan: EnginePlan, report: Progress) -> list[Mapping[str, np.ndarray]]:
+def _load_host(plan: EnginePlan, report: ReportProgress) -> list[Mapping[str, np.ndarray]]:
     """The prepared buffers of each base shard."""
     count = plan.base_tp
 

@@ -1,7 +1,7 @@
 """KV memory in blocks: what a block is at each TP degree, and who holds which. Pure Python, no JAX.
 
 A block is a fixed number of bytes on one device. At degree t it holds the keys and values of ``kv_heads / t``
-heads for t times as many tokens, so requests of every width share one pool (DESIGN: KV cache adaptor).
+heads for t times as many tokens, so requests of every width share one pool.
 """
 
 from __future__ import annotations

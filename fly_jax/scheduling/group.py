@@ -80,7 +80,7 @@ class GroupScheduler:
         """Composes the next step and advances the requests' launch clocks; None if there is nothing to do.
 
         Args:
-            preempt: called with each request that loses its KV here; it must call :meth:`remove`.
+            preempt: called with each request that loses its KV here; it must take the request out of ``running``.
             reclaim: frees blocks of the group that nobody uses yet; False if there are none.
         """
         decodes = self._schedule_decodes(preempt, reclaim)

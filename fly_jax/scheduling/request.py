@@ -40,7 +40,7 @@ class Request:
         end_tokens: the model's own and the request's stop tokens, none of which comes before ``min_tokens`` others.
         num_computed: positions whose KV is written by launched steps.
         num_pending: sampled tokens that are still on the device.
-        slot: row of the group's device-side token table while running, -1 otherwise.
+        slot: column of the devices' token tables while it has KV, -1 otherwise.
         preempted: waits again after it has run.
         held_up_since: scheduler pass since which it is paused, or waits as the first in line for a group.
         overdue: it waited longer than anybody should: it is not preempted for others again.

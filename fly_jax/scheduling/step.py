@@ -45,7 +45,7 @@ class ScheduledRow:
     Attributes:
         samples: the last position is the request's newest, so a token is sampled after it.
         scores: prompt log-probabilities are wanted for these positions.
-        slot: the request's row of the device-side token table.
+        slot: the request's column of the devices' token tables.
     """
 
     request: Request
