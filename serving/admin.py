@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Depends, Request
 
 from fly_jax.errors import ConfigError, LayoutError
-from fly_jax.switching.control import CANONICAL, STATIC
+from fly_jax.policy.names import STATIC, canonical
 from serving.engine_client import EngineClient
 from serving.errors import AUTHENTICATION, PERMISSION, ApiError
 from serving.middleware import bearer_token, same_secret
@@ -86,7 +86,7 @@ async def _switch(engine: EngineClient, layout: str, strategy: str | None, polic
     except ConfigError as error:  # names were checked with the body: the switch was made, the policy cannot follow it
         raise _invalid_policy(error) from error
     # Asking the engine for it could find what somebody else has asked for since.
-    after = STATIC if policy is None else CANONICAL.get(policy, policy)
+    after = STATIC if policy is None else canonical(policy)
     return {**dataclasses.asdict(report), "policy": after}
 
 

@@ -10,8 +10,8 @@ import httpx
 
 from fly_jax.bench import terminal
 from fly_jax.errors import ConfigError
+from fly_jax.policy.names import AUTO, STATIC
 
-AUTO, STATIC = "auto", "static"
 SWITCH_TIMEOUT_SECONDS = 300
 # Nobody who has pressed Ctrl-C waits longer for a server that hangs.
 RESTORE_TIMEOUT_SECONDS = 60

@@ -21,7 +21,7 @@ from fly_jax.bench.self_hosted import stopping_on_signals
 from fly_jax.bench.serve import Server, facts, most_common_errors, report, serving
 from fly_jax.bench.serve_plan import plan
 from fly_jax.bench.serve_run import ServeRun, check
-from fly_jax.bench.server_layouts import AUTO, STATIC, Configuration, ServerLayouts
+from fly_jax.bench.server_layouts import Configuration, ServerLayouts
 from fly_jax.bench.serving_result import BY_REQUEST, build_result
 from fly_jax.bench.workload_files import RANDOM
 from fly_jax.bench.workload_plan import WorkloadPlan
@@ -29,6 +29,7 @@ from fly_jax.errors import ConfigError
 from fly_jax.layout import Layout
 from fly_jax.outputs import SwitchStrategy
 from fly_jax.platform import secret
+from fly_jax.policy.names import AUTO, STATIC
 
 # Of every request, in seconds; the rest of what is known of each is left to ``serve``.
 DRAWN = ("start_times", "ttfts")

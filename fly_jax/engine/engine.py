@@ -19,12 +19,13 @@ from fly_jax.kv.blocks import KVCacheManager
 from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.outputs import EngineStats, FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.policy.adaptive import Policy
+from fly_jax.policy.names import STATIC
 from fly_jax.policy.observation import Machine
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduling.request import Request, RequestState, end_tokens
 from fly_jax.scheduling.scheduler import Scheduler
 from fly_jax.scheduling.step import StepPlan
-from fly_jax.switching.control import STATIC, LayoutControl
+from fly_jax.switching.control import LayoutControl
 from fly_jax.switching.log import SwitchTicket
 from fly_jax.text.output_processor import OutputProcessor
 

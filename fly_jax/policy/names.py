@@ -10,6 +10,13 @@ from fly_jax.outputs import SwitchStrategy
 if TYPE_CHECKING:
     from fly_jax.policy.adaptive import Policy
 
+AUTO, LOAD_ADAPTIVE, STATIC = "auto", "load_adaptive", "static"
+
+
+def canonical(name: str) -> str:
+    """The name that a policy goes by once it is in force."""
+    return LOAD_ADAPTIVE if name == AUTO else name
+
 
 def strategy_named(name: str | None) -> SwitchStrategy | None:
     """A switch strategy; None, for the engine's default, stays None.

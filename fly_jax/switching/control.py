@@ -13,6 +13,7 @@ from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.outputs import SwitchReport, SwitchStrategy
 from fly_jax.policy.adaptive import POLICIES, Decision, DecisionKind, Policy, name_of
 from fly_jax.policy.arrival_rates import LoadEstimator
+from fly_jax.policy.names import LOAD_ADAPTIVE, STATIC, canonical
 from fly_jax.policy.observation import Load, Machine
 from fly_jax.scheduling.request import Request
 from fly_jax.scheduling.scheduler import Scheduler
@@ -28,11 +29,9 @@ logger = logging.getLogger(__name__)
 PLAN_EVERY = 4
 # A switch that the scheduler refused is not tried again for so many seconds.
 RETRY_SECONDS = 1.0
-STATIC = "static"
 # What takes over from a policy that fails: it serves every request, whatever width it needs.
-FALLBACK = "load_adaptive"
+FALLBACK = LOAD_ADAPTIVE
 ASKED_FOR = "asked for"
-CANONICAL = {"auto": "load_adaptive"}
 
 
 class LayoutControl:
@@ -60,7 +59,7 @@ class LayoutControl:
     ) -> None:
         self.scheduler, self.machine, self.strategy = scheduler, machine, strategy
         self.switcher = Switcher(scheduler, mover)
-        self.policy = CANONICAL.get(policy, policy)
+        self.policy = canonical(policy)
         self._policies: dict[str, Policy] = dict(POLICIES)
         self.log = SwitchLog(clock)
         self.estimator = LoadEstimator()
@@ -110,7 +109,7 @@ class LayoutControl:
             LayoutError: the layout cannot be kept, because a request needs a wider one; or a switch is under way.
         """
         given = name_of(policy)
-        name = CANONICAL.get(given, given)
+        name = canonical(given)
         function = POLICIES.get(name) if isinstance(policy, str) else policy
         if function is None:
             raise ConfigError(f"there is no policy {policy!r}: choose one of {', '.join(POLICIES)}")

@@ -24,9 +24,10 @@ from fly_jax.bench.requests import PlannedRequest
 from fly_jax.bench.serve import Server
 from fly_jax.bench.serve_run import ServeRun
 from fly_jax.bench.served_model import ServedModel
-from fly_jax.bench.server_layouts import AUTO, STATIC, Configuration
+from fly_jax.bench.server_layouts import Configuration
 from fly_jax.bench.sweep import at_rate, static_layouts, within_widths
 from fly_jax.errors import ConfigError
+from fly_jax.policy.names import AUTO, STATIC
 
 
 def test_every_mix_of_degrees_is_named_once() -> None:
