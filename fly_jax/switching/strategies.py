@@ -1,7 +1,7 @@
 """How a layout gives way to another: the four strategies. Pure Python, no JAX.
 
-A switch is asked at every step boundary, right behind the launches, to :meth:`~LayoutSwitch.advance`; when that says
-so, the scheduler's groups are those of the new layout. Groups that both layouts have never notice.
+At every step boundary, right behind the launches, a switch goes on or, when it is ready, cuts over: from there on the
+groups are those of the new layout. Groups that both layouts have never notice.
 """
 
 from __future__ import annotations
@@ -52,12 +52,15 @@ class LayoutSwitch(ABC):
 
     @property
     def ready(self) -> bool:
-        """The next :meth:`advance` makes the target the layout."""
+        """Nothing is left to do before the cutover."""
         return True
 
+    def go_on(self) -> None:  # noqa: B027  most strategies only wait
+        """Does, at a step boundary, what there is to do before the cutover."""
+
     @abstractmethod
-    def advance(self) -> bool:
-        """Goes on as far as it can without waiting; True once the target is the layout."""
+    def cut_over(self) -> None:
+        """Makes the target the layout. Every request that moves fits it: that has been checked."""
 
     def moving(self) -> list[Request]:
         """Requests with KV that leave their groups at the cutover, and keep it."""
@@ -123,11 +126,9 @@ class Drain(LayoutSwitch):
             for request in self._awaited
         )
 
-    def advance(self) -> bool:
-        if self.ready:
-            self._give_up_guests()
-            self.state.install(self.target, self.state.new_groups(self.target))
-        return self.ready
+    def cut_over(self) -> None:
+        self._give_up_guests()
+        self.state.install(self.target, self.state.new_groups(self.target))
 
     def admits(self, group: DeviceGroup, request: Request) -> bool:
         """Dissolving groups take back what they preempted: it may fit no group of the new layout."""
@@ -178,23 +179,18 @@ class Pause(LayoutSwitch):
     def moving(self) -> list[Request]:
         return self.running()
 
-    def advance(self) -> bool:
+    def cut_over(self) -> None:
         requests = self.moving()
         self.totals.paused = len(requests)
         self.state.install(self.target, self.state.new_groups(self.target))
         for request in requests:
             self.state.pause(request)
-        return True
 
 
 class Migrate(LayoutSwitch):
     """``migrate``: every request goes on in a new group with its KV, paused ones of dissolved groups included."""
 
     strategy = SwitchStrategy.MIGRATE
-
-    @property
-    def ready(self) -> bool:
-        return self._planned
 
     def __init__(self, state: SchedulingState, mover: KVMover, target: Layout, *, elastic: bool) -> None:
         super().__init__(state, mover, target, elastic=elastic)
@@ -222,17 +218,20 @@ class Migrate(LayoutSwitch):
         self._migration.plan(moving)
         self._planned = True
 
-    def advance(self) -> bool:
-        if not self.ready:
-            assert self._steps_left is not None
-            self._steps_left -= 1
-            self._migration.copy_ahead(LAUNCHES_AHEAD)
-            return False
+    @property
+    def ready(self) -> bool:
+        return self._planned
+
+    def go_on(self) -> None:
+        assert self._steps_left is not None
+        self._steps_left -= 1
+        self._migration.copy_ahead(LAUNCHES_AHEAD)
+
+    def cut_over(self) -> None:
         moving = self.moving()
         self.state.install(self.target, self._targets)
         self._migration.cut_over(moving, self.state.give_up)
         self.state.forget_resumed()
-        return True
 
     def forget(self, request: Request) -> None:
         self._migration.forget(request)

@@ -66,15 +66,15 @@ class Switcher:
         switch = self.switch
         if switch is None:
             return None
+        if not switch.ready:
+            switch.go_on()
+            return None
         try:
-            if switch.ready:
-                self._check_cutover(switch)
-            done = switch.advance()
+            self._check_cutover(switch)
         except LayoutError:
             self.cancel()
             raise
-        if not done:
-            return None
+        switch.cut_over()
         self.switch = None
         self.state.set_elastic(switch.elastic)
         return switch
