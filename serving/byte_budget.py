@@ -60,11 +60,16 @@ class HeldBody:
         Raises:
             QueueFullError, ClientQueueFullError: there is no room; nothing more is held.
         """
+        if not size:  # most bodies hold nothing
+            return
         self._budget.check(size, self._client, self._size)
         self._size += size
         self._budget.held[self._client] += size
 
     def release(self) -> None:
+        """Gives back all that is held, if anything: called with every part of a streamed answer."""
+        if not self._size:
+            return
         held = self._budget.held
         held[self._client] -= self._size
         self._size = 0

@@ -62,11 +62,18 @@ def require_text(value: Any, what: str = "value") -> str:
     """A string that UTF-8 can carry: JSON escapes can spell half a surrogate pair, tokenizers cannot read one."""
     if not isinstance(value, str):
         raise invalid(f"{what} must be a string, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise invalid(f"{what} is not valid Unicode: lone surrogate at character {error.start}") from None
+    if (flaw := flaw_of(value, what)) is not None:
+        raise invalid(flaw)
     return value
+
+
+def flaw_of(text: str, what: str) -> str | None:
+    """Why UTF-8 cannot carry a string; None: it can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{what} is not valid Unicode: lone surrogate at character {error.start}"
+    return None
 
 
 def is_token_id(value: Any) -> bool:

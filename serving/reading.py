@@ -12,7 +12,7 @@ from typing import Any
 
 from fly_jax.errors import ContextLengthError, InvalidRequestError
 from serving.engine_client import TokenizerClient
-from serving.fields import Prompt
+from serving.fields import Prompt, flaw_of
 from serving.protocol import (
     Body,
     ChatCompletionRequest,
@@ -118,11 +118,8 @@ class Reader:
         return EncodedPrompt(prompt)
 
     def _tokens(self, text: str, param: str, *, add_special_tokens: bool) -> Sequence[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # an escape in JSON can spell half a surrogate pair
-            message = f"{param} is not valid Unicode: lone surrogate at character {error.start}"
-            raise InvalidRequestError(message, param=param) from None
+        if (flaw := flaw_of(text, param)) is not None:
+            raise InvalidRequestError(flaw, param=param)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _refuse_oversized(self, text: str, param: str) -> None:

@@ -7,6 +7,7 @@ from heapq import nsmallest
 from itertools import islice
 
 from fly_jax.policy.observation import GroupLoad, Load, RequestLoad
+from fly_jax.scheduling.fit import end
 from fly_jax.scheduling.request import Request
 from fly_jax.scheduling.state import SchedulingState
 from fly_jax.scheduling.waiting import RequestQueue
@@ -55,7 +56,4 @@ def _requests(requests: Sequence[Request]) -> tuple[RequestLoad, ...]:
 
 
 def _request(request: Request) -> RequestLoad:
-    tokens, prompt = request.num_tokens, len(request.prompt_ids)
-    return RequestLoad(
-        tokens, tokens - request.num_computed, prompt + request.limit, request.min_width, request.priority
-    )
+    return RequestLoad(request.num_tokens, request.num_uncomputed, end(request), request.min_width, request.priority)

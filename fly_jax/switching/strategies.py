@@ -15,6 +15,7 @@ from fly_jax.kv.blocks import BlockTable
 from fly_jax.kv.slabs import KVMover, MigrationTotals
 from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.outputs import SwitchStrategy
+from fly_jax.scheduling.fit import end
 from fly_jax.scheduling.group import GroupScheduler
 from fly_jax.scheduling.request import Request, RequestState
 from fly_jax.scheduling.state import SchedulingState
@@ -163,7 +164,7 @@ class DrainWithGuests(Drain):
     def _fits_target(self, request: Request) -> bool:
         """A guest must not grow here beyond what it can be recomputed in."""
         capacity = self.state.kv.spec.capacity_tokens(self.target.widest)
-        return self.elastic or len(request.prompt_ids) + request.limit <= capacity
+        return self.elastic or end(request) <= capacity
 
     def _give_up_guests(self) -> None:
         for request in self.running():

@@ -307,8 +307,8 @@ class Endless(ByteTokenizer):
     """Never comes to the end of a text that says so."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        while text == "endless":
-            time.sleep(0.01)
+        if text == "endless":
+            threading.Event().wait()
         return super().encode(text, add_special_tokens)
 
 
