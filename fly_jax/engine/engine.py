@@ -26,7 +26,7 @@ from fly_jax.scheduling.request import Request, RequestState, end_tokens
 from fly_jax.scheduling.scheduler import Scheduler
 from fly_jax.scheduling.step import StepPlan
 from fly_jax.switching.control import LayoutControl
-from fly_jax.switching.log import SwitchTicket
+from fly_jax.switching.switch import Switch
 from fly_jax.text.output_processor import OutputProcessor
 
 logger = logging.getLogger(__name__)
@@ -330,16 +330,18 @@ class Engine:
         history = self.control.log.history
         return history[-1] if history else None
 
-    def begin_switch(self, text: str, strategy: SwitchStrategy | None = None) -> SwitchTicket:
+    def begin_switch(self, layout: str | Layout, strategy: SwitchStrategy | None = None) -> Switch:
         """Goes to another layout at one of the next steps, and keeps it: the policy becomes ``static``.
 
         Args:
+            layout: its text, or what :meth:`LayoutControl.parse` made of that.
             strategy: what becomes of requests in flight; None: the configured one.
 
         Raises:
             LayoutError: the layout does not fit, a request does not fit it, or a switch is already under way.
         """
-        return self.control.begin(text, strategy)
+        target = self.control.parse(layout) if isinstance(layout, str) else layout
+        return self.control.begin(target, strategy)
 
     def set_policy(self, policy: str | Policy) -> str:
         """Hands the layout to a policy, by name or a function of one's own; returns its canonical name.

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from fly_jax.engine.engine import Engine
 from fly_jax.engine.watchdog import Watchdog
 from fly_jax.errors import ConfigError, EngineDeadError, FlyJaxError, LayoutError
+from fly_jax.layout import Layout
 from fly_jax.outputs import EngineStats, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.policy.adaptive import Policy, name_of
 from fly_jax.sampling_params import SamplingParams
-from fly_jax.switching.log import SwitchTicket
+from fly_jax.switching.switch import Switch
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +50,17 @@ class _PendingSwitch:
 
     Attributes:
         policy: takes over once it is through; None: the layout stays pinned.
-        ticket: None until it has begun.
+        switch: None until it has begun.
     """
 
-    layout: str
+    layout: Layout
     strategy: SwitchStrategy | None
     policy: str | None
     done: Future[SwitchReport]
-    ticket: SwitchTicket | None = None
+    switch: Switch | None = None
 
     def __str__(self) -> str:
-        return f"switch to {self.layout} ({'queued' if self.ticket is None else 'under way'})"
+        return f"switch to {self.layout} ({'queued' if self.switch is None else 'under way'})"
 
 
 class EngineThread:
@@ -156,8 +157,7 @@ class EngineThread:
                 return
             try:
                 self._check_running()
-                engine.control.parse(layout)
-                self._switches.append(_PendingSwitch(layout, strategy, policy, done))
+                self._switches.append(_PendingSwitch(engine.control.parse(layout), strategy, policy, done))
             except Exception as error:
                 done.set_exception(error)
 
@@ -268,24 +268,24 @@ class EngineThread:
 
     def _advance_switches(self, engine: Engine) -> None:
         """Answers for the switches that are through, and begins the next."""
-        for switch in list(self._switches):
-            if isinstance(switch, _PendingPolicy):
+        for asked in list(self._switches):
+            if isinstance(asked, _PendingPolicy):
                 if engine.switching:
                     return
-                self._switches.remove(switch)
-                self._answer(engine, switch.done, partial(engine.set_policy, switch.policy))
-            elif switch.ticket is None:
+                self._switches.remove(asked)
+                self._answer(engine, asked.done, partial(engine.set_policy, asked.policy))
+            elif asked.switch is None:
                 if engine.switching:
                     return
                 try:
-                    switch.ticket = engine.begin_switch(switch.layout, switch.strategy)
+                    asked.switch = engine.begin_switch(asked.layout, asked.strategy)
                 except LayoutError as error:
-                    self._switches.remove(switch)
-                    switch.done.set_exception(error)
-            elif switch.ticket.settled:
-                self._switches.remove(switch)
-                self._answer(engine, switch.done, partial(_report_of, engine, switch, switch.ticket))
-            elif switch.policy is not None:
+                    self._switches.remove(asked)
+                    asked.done.set_exception(error)
+            elif asked.switch.settled:
+                self._switches.remove(asked)
+                self._answer(engine, asked.done, partial(_report_of, engine, asked.policy, asked.switch))
+            elif asked.policy is not None:
                 return  # the next would otherwise begin before this policy, and lose its pin to it
 
     def _answer(self, engine: Engine, done: Future[T], outcome: Callable[[], T]) -> None:
@@ -355,15 +355,15 @@ class EngineThread:
         return error
 
 
-def _report_of(engine: Engine, switch: _PendingSwitch, ticket: SwitchTicket) -> SwitchReport:
+def _report_of(engine: Engine, policy: str | None, switch: Switch) -> SwitchReport:
     """What a switch that is through has come to; its policy takes over."""
-    if ticket.error is not None:
-        raise ticket.error
-    assert ticket.report is not None
+    if switch.error is not None:
+        raise switch.error
+    assert switch.report is not None
     try:
-        if switch.policy is not None:
-            engine.set_policy(switch.policy)
+        if policy is not None:
+            engine.set_policy(policy)
     except ConfigError as error:
         # Not a LayoutError, whatever it was: that would say that the switch was not made.
-        raise ConfigError(f"the layout is {ticket.target} now and stays: {error}") from error
-    return ticket.report
+        raise ConfigError(f"the layout is {switch.target} now and stays: {error}") from error
+    return switch.report

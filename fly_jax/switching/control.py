@@ -17,9 +17,10 @@ from fly_jax.policy.names import LOAD_ADAPTIVE, STATIC, canonical
 from fly_jax.policy.observation import Load, Machine
 from fly_jax.scheduling.request import Request
 from fly_jax.scheduling.scheduler import Scheduler
-from fly_jax.switching.log import SwitchLog, SwitchTicket
+from fly_jax.switching.log import SwitchLog
 from fly_jax.switching.observe import load_of
 from fly_jax.switching.strategies import LayoutSwitch
+from fly_jax.switching.switch import Switch
 from fly_jax.switching.switcher import Switcher
 from fly_jax.switching.widening_limit import WideningLimit
 
@@ -66,15 +67,14 @@ class LayoutControl:
         self.decisions: Counter[str] = Counter()
         self.last_decision: str | None = None
         self._clock = clock
-        self._ticket: SwitchTicket | None = None
-        self._begun_at_pass = 0
+        self._switch: Switch | None = None
         self._retry_at: dict[Layout, float] = {}
         self._widening_limit = WideningLimit()
         self._held_until: float | None = None
 
     @property
     def switching(self) -> bool:
-        return self._ticket is not None
+        return self._switch is not None
 
     # -- what others ask for ----------------------------------------------------------------------------------
 
@@ -91,15 +91,15 @@ class LayoutControl:
             )
         return layout
 
-    def begin(self, text: str, strategy: SwitchStrategy | None = None) -> SwitchTicket:
+    def begin(self, target: Layout, strategy: SwitchStrategy | None = None) -> Switch:
         """Goes to another layout and keeps it: when it is there, the policy becomes static.
 
         Raises:
-            LayoutError: the layout does not fit, a request does not fit it, or a switch is already under way.
+            LayoutError: a request does not fit the layout, or a switch is already under way.
         """
-        ticket = self._begin(self.parse(text), strategy or self.strategy, ASKED_FOR, elastic=False)
-        logger.info("switch %s -> %s (%s) asked for", ticket.source, ticket.target, strategy or self.strategy)
-        return ticket
+        switch = self._begin(target, strategy or self.strategy, ASKED_FOR, elastic=False)
+        logger.info("switch %s -> %s (%s) asked for", switch.source, target, strategy or self.strategy)
+        return switch
 
     def set_policy(self, policy: str | Policy) -> str:
         """Hands the layout to a policy, a built-in one by its name or a function; returns its canonical name.
@@ -128,8 +128,8 @@ class LayoutControl:
 
     def prepare(self) -> None:
         """Plans a switch's next part; the steps of this pass are scheduled and about to be launched."""
-        if self._ticket is not None and self.switcher.switch is not None:
-            self._hasten_if_late(self._ticket, self.switcher.switch)
+        if self._switch is not None and self.switcher.switch is not None:
+            self._hasten_if_late(self._switch, self.switcher.switch)
             self.switcher.prepare()
 
     def advance(self, launched: Collection[DeviceGroup], in_flight: Collection[DeviceGroup]) -> bool:
@@ -138,24 +138,24 @@ class LayoutControl:
         A pass that launched nothing on the dissolving groups, while they compute, is left out: right behind a launch,
         the devices have work while the host prepares the first new step.
         """
-        ticket, switch = self._ticket, self.switcher.switch
-        if ticket is None or switch is None:
+        switch, way = self._switch, self.switcher.switch
+        if switch is None or way is None:
             return False
-        old_in_flight = not set(switch.dissolving).isdisjoint(in_flight)
-        if old_in_flight and set(switch.dissolving).isdisjoint(launched):
+        old_in_flight = not set(way.dissolving).isdisjoint(in_flight)
+        if old_in_flight and set(way.dissolving).isdisjoint(launched):
             return False
         started = self._clock()
         try:
             done = self.switcher.advance()
         except LayoutError as error:
-            self._refuse(ticket, error)
+            self._refuse(switch, error)
             return False
         if done is None:
             return False
-        self._ticket = None
+        self._switch = None
         if not done.elastic:
             self.policy = STATIC
-        self.log.switched(ticket, done, started, old_in_flight, len(self.scheduler.waiting))
+        self.log.switched(switch, done, started, old_in_flight, len(self.scheduler.waiting))
         return True
 
     def settle(self) -> None:
@@ -238,42 +238,41 @@ class LayoutControl:
             for request in group.running
         )
 
-    def _begin(self, target: Layout, strategy: SwitchStrategy, reason: str, *, elastic: bool) -> SwitchTicket:
+    def _begin(self, target: Layout, strategy: SwitchStrategy, reason: str, *, elastic: bool) -> Switch:
         source = self.scheduler.layout
         self.switcher.begin(target, strategy, elastic=elastic)
-        self._ticket = self.log.begun(source, target, reason)
-        self._begun_at_pass = self.scheduler.passes
-        return self._ticket
+        self._switch = self.log.begun(source, target, reason, self.scheduler.passes)
+        return self._switch
 
-    def _hasten_if_late(self, ticket: SwitchTicket, switch: LayoutSwitch) -> None:
+    def _hasten_if_late(self, switch: Switch, way: LayoutSwitch) -> None:
         """Nobody waits for ever for devices that drain: beyond patience, a policy's switch migrates instead.
 
         A drain that would never end, and cannot become a migration, is given up.
         """
-        late = switch.elastic and self.scheduler.passes - self._begun_at_pass > self.scheduler.limits.patience
-        drains = switch.strategy in (SwitchStrategy.SEQUENTIAL, SwitchStrategy.SOFT_PREEMPT)
-        if not drains or not (late or switch.stuck):
+        late = way.elastic and self.scheduler.passes - switch.begun_at_pass > self.scheduler.limits.patience
+        drains = way.strategy in (SwitchStrategy.SEQUENTIAL, SwitchStrategy.SOFT_PREEMPT)
+        if not drains or not (late or way.stuck):
             return
-        self._begun_at_pass = self.scheduler.passes
+        switch.begun_at_pass = self.scheduler.passes
         try:
             self.switcher.hasten()
         except LayoutError as error:
-            logger.info("switch to %s: %s goes on, for it cannot migrate: %s", switch.target, switch.strategy, error)
-            if switch.stuck:
-                self._refuse(ticket, error)
+            logger.info("switch to %s: %s goes on, for it cannot migrate: %s", switch.target, way.strategy, error)
+            if way.stuck:
+                self._refuse(switch, error)
             return
-        ticket.hastened = self._clock()
-        logger.info("switch to %s: %s gives way to migrate, for it took too long", switch.target, switch.strategy)
+        switch.hastened = self._clock()
+        logger.info("switch to %s: %s gives way to migrate, for it took too long", switch.target, way.strategy)
 
-    def _refuse(self, ticket: SwitchTicket, error: LayoutError) -> None:
+    def _refuse(self, switch: Switch, error: LayoutError) -> None:
         self.switcher.cancel()
-        self.log.given_up(ticket)
-        ticket.error, ticket.settled = error, True
-        self._ticket = None
-        if ticket.reason != ASKED_FOR:
+        self.log.given_up(switch)
+        switch.error, switch.settled = error, True
+        self._switch = None
+        if switch.reason != ASKED_FOR:
             self.decisions["given_up"] += 1
-        self._retry_at[ticket.target] = self._clock() + RETRY_SECONDS
-        logger.warning("switch %s -> %s given up: %s", ticket.source, ticket.target, error)
+        self._retry_at[switch.target] = self._clock() + RETRY_SECONDS
+        logger.warning("switch %s -> %s given up: %s", switch.source, switch.target, error)
 
     # -- what requests do -------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from fly_jax.errors import ConfigError, ContextLengthError, EngineDeadError, Lay
 from fly_jax.layout import Layout
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
-from fly_jax.switching.log import SwitchTicket
+from fly_jax.switching.switch import Switch
 
 TIMEOUT = 120.0  # only ever reached by a thread that hangs
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -29,8 +29,8 @@ class ScriptedEngine:
         self.held = held
         self.failure: Exception | None = None
         self.live: dict[str, int] = {}
-        self.ticket: SwitchTicket | None = None
-        self.unsettled: list[SwitchTicket] = []
+        self.ticket: Switch | None = None
+        self.unsettled: list[Switch] = []
         self.strategy = SwitchStrategy.MIGRATE
         self.policy = "load_adaptive"
         self.switches = 0
@@ -63,15 +63,14 @@ class ScriptedEngine:
             return None
         return RequestDelta(request_id, finish_reason=FinishReason.ABORT)
 
-    def begin_switch(self, text: str, strategy: SwitchStrategy | None) -> SwitchTicket:
+    def begin_switch(self, target: Layout, strategy: SwitchStrategy | None) -> Switch:
         """Switches happen in steps, as in the engine."""
         assert self.ticket is None
         if self.failure is not None:
             raise self.failure
-        target = _parse(text)
         if target == self.layout:
-            raise LayoutError(f"layout {text} is in force")
-        self.ticket = SwitchTicket(self.layout, target, "asked for", 0.0)
+            raise LayoutError(f"layout {target} is in force")
+        self.ticket = Switch(self.layout, target, "asked for", 0.0)
         self.strategy = strategy or SwitchStrategy.MIGRATE
         self.policy = "static"
         return self.ticket
@@ -85,7 +84,7 @@ class ScriptedEngine:
         self.policy = name
         return name
 
-    def _end_switch(self, ticket: SwitchTicket) -> None:
+    def _end_switch(self, ticket: Switch) -> None:
         """The last step but one of a switch: it happens, or is refused because of what requests did meanwhile."""
         self.ticket = None
         if ticket.target.degrees == (3,):

@@ -14,8 +14,8 @@ from fly_jax.layout import DeviceGroup, Layout
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduling.request import Request, RequestState
-from fly_jax.switching.log import SwitchTicket
 from fly_jax.switching.strategies import LayoutSwitch
+from fly_jax.switching.switch import Switch
 from tests.fly_jax.invariants import (
     Snapshot,
     assert_by_rank,
@@ -72,7 +72,7 @@ class Traffic:
         self.switcher = self.engine.control.switcher
         self.accepted: dict[str, Request] = {}
         self.deltas: dict[str, list[RequestDelta]] = defaultdict(list)
-        self.tickets: list[SwitchTicket] = []
+        self.tickets: list[Switch] = []
         self.seen: Counter[str] = Counter()
         self._plans_checked = self._idle_steps = 0
         self._paused: dict[Request, tuple[Any, ...]] = {}
@@ -130,7 +130,7 @@ class Traffic:
             )
             self.check()
 
-    def switch(self, target: str, strategy: SwitchStrategy) -> SwitchTicket | None:
+    def switch(self, target: str, strategy: SwitchStrategy) -> Switch | None:
         """Asks for a layout; None if it is refused, which must be for a reason and change nothing."""
         before, reason = Snapshot.of(self.engine), self._refusal(target, strategy)
         if reason is None:

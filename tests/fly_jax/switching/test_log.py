@@ -8,7 +8,8 @@ import pytest
 
 from fly_jax.outputs import SwitchReport, SwitchStrategy
 from fly_jax.scheduling.request import RequestState
-from fly_jax.switching.log import HISTORY, SwitchTicket
+from fly_jax.switching.log import HISTORY
+from fly_jax.switching.switch import Switch
 from tests.fly_jax.traffic import HARD, MIGRATE, SEQUENTIAL, Traffic, run_until, send, switched
 from tests.fly_jax.virtual_time import VirtualClock
 
@@ -33,7 +34,7 @@ def steps_of(traffic: Traffic, clock: VirtualClock, seconds: float, times: int =
         traffic.step()
 
 
-def report_of(ticket: SwitchTicket | None) -> SwitchReport:
+def report_of(ticket: Switch | None) -> SwitchReport:
     assert ticket is not None
     assert ticket.report is not None
     return ticket.report
@@ -181,7 +182,7 @@ def test_a_switch_is_settled_when_what_it_waits_for_is_aborted() -> None:
     assert ticket.settled
 
 
-def switched_ticket(traffic: Traffic) -> SwitchTicket:
+def switched_ticket(traffic: Traffic) -> Switch:
     ticket = traffic.switch("4", MIGRATE)
     assert ticket is not None
     run_until(lambda: ticket.report is not None, traffic)

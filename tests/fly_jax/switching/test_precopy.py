@@ -10,13 +10,13 @@ from fly_jax.errors import LayoutError
 from fly_jax.layout import DeviceGroup
 from fly_jax.outputs import SwitchReport
 from fly_jax.scheduling.request import Request, RequestState
-from fly_jax.switching.log import SwitchTicket
 from fly_jax.switching.strategies import CUTOVER_SLABS, LAUNCHES_AHEAD
+from fly_jax.switching.switch import Switch
 from tests.fly_jax.invariants import Snapshot, blocks_of, reserved_tables
 from tests.fly_jax.traffic import MIGRATE, Traffic, run_until, send
 
 
-def copying(layout: str = "1+1+1+1", target: str = "4", **options: Any) -> tuple[Traffic, Request, SwitchTicket]:
+def copying(layout: str = "1+1+1+1", target: str = "4", **options: Any) -> tuple[Traffic, Request, Switch]:
     """A long context that is being copied; so much that it takes many steps."""
     traffic = Traffic(layout=layout, max_num_batched_tokens=64, **options)
     long = send(traffic, [1 + i % 60 for i in range(100)], max_tokens=60)
@@ -29,7 +29,7 @@ def copying(layout: str = "1+1+1+1", target: str = "4", **options: Any) -> tuple
     return traffic, long, ticket
 
 
-def done(traffic: Traffic, ticket: SwitchTicket) -> SwitchReport:
+def done(traffic: Traffic, ticket: Switch) -> SwitchReport:
     run_until(lambda: ticket.report is not None, traffic)
     assert ticket.report is not None
     return ticket.report
