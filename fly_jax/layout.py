@@ -19,18 +19,23 @@ _MAX_TEXT = 1024
 
 @dataclass(frozen=True, order=True)
 class DeviceGroup:
-    """Devices ``start .. start + size - 1`` working as one TP unit of degree ``size``."""
+    """Devices ``start .. start + num_devices - 1`` that run each step together."""
 
     start: int
-    size: int
+    num_devices: int
+
+    @property
+    def tp(self) -> int:
+        """Into how many ranks each layer is split: all devices of the group, as long as it has no other axis."""
+        return self.num_devices
 
     @property
     def device_indices(self) -> range:
         """Indices into the engine's device list, in device order (not rank order)."""
-        return range(self.start, self.start + self.size)
+        return range(self.start, self.start + self.num_devices)
 
     def overlaps(self, other: DeviceGroup) -> bool:
-        return self.start < other.start + other.size and other.start < self.start + self.size
+        return self.start < other.start + other.num_devices and other.start < self.start + self.num_devices
 
     def rank_order(self, base_tp: int) -> tuple[int, ...]:
         """Device index of each TP rank.
@@ -42,8 +47,8 @@ class DeviceGroup:
         return tuple(sorted(self.device_indices, key=lambda i: (i % base_tp, i)))
 
     def __str__(self) -> str:
-        last = self.start + self.size - 1
-        return f"tp{self.size}@{self.start}" if self.size == 1 else f"tp{self.size}@{self.start}-{last}"
+        last = self.start + self.num_devices - 1
+        return f"tp{self.tp}@{self.start}" if self.tp == 1 else f"tp{self.tp}@{self.start}-{last}"
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,14 @@ class Layout:
                 f"its degrees must add up to {num_devices}"
             )
         for group in self.groups:
-            if group.size & (group.size - 1) or group.start % group.size:
+            if group.num_devices & (group.num_devices - 1) or group.start % group.num_devices:
                 raise LayoutError(
-                    f"layout {self}: group of {group.size} at device {group.start} is not an aligned power of two; "
-                    f"use degrees 1, 2, 4, ... that start at a multiple of themselves"
+                    f"layout {self}: group of {group.num_devices} at device {group.start} is not an aligned power of "
+                    f"two; use degrees 1, 2, 4, ... that start at a multiple of themselves"
                 )
-            if group.size % base_tp:
+            if group.tp % base_tp:
                 raise LayoutError(
-                    f"layout {self}: degree {group.size} is below the base TP {base_tp} that this model needs; "
+                    f"layout {self}: degree {group.tp} is below the base TP {base_tp} that this model needs; "
                     f"use multiples of {base_tp}"
                 )
 

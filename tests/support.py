@@ -37,7 +37,7 @@ def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[
     request.table = manager.new_table(group)
     assert manager.grow(request.table, len(token_ids))
     scores: list[float] = []
-    chunk = runner.shapes.buckets(group.size).tokens[-1]
+    chunk = runner.shapes.buckets(group.tp).tokens[-1]
     for start in range(0, len(token_ids) - 1, chunk):
         count = min(chunk, len(token_ids) - 1 - start)
         row = ScheduledRow(request, start, count, samples=False, scores=True, slot=0)

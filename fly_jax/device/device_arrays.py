@@ -38,7 +38,7 @@ class DeviceArrays:
     def shape(self, group: DeviceGroup) -> tuple[int, int]:
         """Of the group's array: ``[ranks * rows, columns]``."""
         rows, columns = self.device_shape
-        return (group.size * rows, columns)
+        return (group.tp * rows, columns)
 
     def take(self, group: DeviceGroup) -> Array:
         """The group's arrays as one; donated to a launch, :meth:`put_back` must follow with its result."""

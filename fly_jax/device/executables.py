@@ -101,14 +101,14 @@ class ProgramShapes:
 
     def backbone(self, key: ExecutableKey) -> BackboneShape:
         mixed = key.kind is StepKind.MIXED
-        sample_rows = self.sample_rows(key.group.size)
+        sample_rows = self.sample_rows(key.group.tp)
         rows = sample_rows if mixed else key.bucket
-        width = table_width(self.kv, self.max_model_len, key.group.size)
+        width = table_width(self.kv, self.max_model_len, key.group.tp)
         return BackboneShape(key.bucket, rows, width, sample_rows, mixed)
 
     def keys(self, group: DeviceGroup) -> Iterator[ExecutableKey]:
         """Every step program of one group."""
-        buckets = self.buckets(group.size)
+        buckets = self.buckets(group.tp)
         for kind, sizes in (
             (StepKind.DECODE, buckets.rows),
             (StepKind.MIXED, buckets.tokens),
@@ -123,7 +123,7 @@ class ProgramShapes:
         for group in groups:
             for splits in relayout_splits(group, self.base_tp):
                 narrower = min(splits.source_tp, splits.target_tp)
-                if any(other.size == narrower and other.overlaps(group) for other in groups):
+                if any(other.tp == narrower and other.overlaps(group) for other in groups):
                     yield ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
 
 
@@ -144,7 +144,7 @@ class ProgramLowerer:
         if key.splits is not None:
             move = relayout(self.shapes.kv, key.splits, self.shapes.slots, mesh)
             return jax.jit(move, donate_argnums=(0, 1)).lower(*arguments)
-        attention = steps.PagedPool(self.attention, self.shapes.kv_layout(key.group.size))
+        attention = steps.PagedPool(self.attention, self.shapes.kv_layout(key.group.tp))
         program = steps.backbone(model, attention, self.shapes.backbone(key), mesh)
         return jax.jit(program, donate_argnums=1).lower(*arguments)
 
@@ -152,9 +152,9 @@ class ProgramLowerer:
         """Shapes, dtypes and shardings of the program's arguments."""
         shapes, group = self.shapes, key.group
         hidden_size = shapes.model.config.hidden_size
-        tables = self._struct(group, (group.size, shapes.slots), jnp.int32, BY_RANK)
+        tables = self._struct(group, (group.num_devices, shapes.slots), jnp.int32, BY_RANK)
         if key.kind is StepKind.HEAD:
-            hidden = self._struct(group, (shapes.sample_rows(group.size), hidden_size), shapes.dtype)
+            hidden = self._struct(group, (shapes.sample_rows(group.tp), hidden_size), shapes.dtype)
             packed = self._struct(group, (1, sampling_layout(key.bucket).size), jnp.int32)
             return self._leaves(group, shapes.model.head), hidden, tables, packed
         if key.kind is StepKind.SCORE:
@@ -164,12 +164,12 @@ class ProgramLowerer:
                 hidden,
                 self._struct(group, (1, scoring_layout(key.bucket).size), jnp.int32),
             )
-        pool_shape = (group.size * shapes.kv.num_blocks, shapes.kv.block_elements)
+        pool_shape = (group.num_devices * shapes.kv.num_blocks, shapes.kv.block_elements)
         pool = self._struct(group, pool_shape, storage_dtype(shapes.dtype), BY_RANK)
         if key.kind is StepKind.RELAYOUT:
-            size = exchange_layout(group.size, shapes.slots).size
-            return pool, tables, self._struct(group, (group.size, size), jnp.int32, BY_RANK)
-        packed = self._struct(group, (group.size, shapes.backbone(key).layout.size), jnp.int32, BY_RANK)
+            size = exchange_layout(group.num_devices, shapes.slots).size
+            return pool, tables, self._struct(group, (group.num_devices, size), jnp.int32, BY_RANK)
+        packed = self._struct(group, (group.num_devices, shapes.backbone(key).layout.size), jnp.int32, BY_RANK)
         return self._leaves(group, shapes.model.decoder), pool, tables, packed
 
     def _leaves(self, group: DeviceGroup, module: ModuleSpec) -> tuple[jax.ShapeDtypeStruct, ...]:

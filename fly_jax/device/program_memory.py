@@ -20,7 +20,7 @@ STEPS_IN_FLIGHT = 2
 
 def largest_keys(shapes: ProgramShapes, groups: Collection[DeviceGroup]) -> list[ExecutableKey]:
     """The largest program of each kind for the first group of each size, and one relayout for each pair of degrees."""
-    one_a_size = {group.size: group for group in reversed(tuple(groups))}
+    one_a_size = {group.tp: group for group in reversed(tuple(groups))}
     largest = [key for _, group in sorted(one_a_size.items()) for key in _largest_of_each_kind(shapes, group)]
     # Not only of the first groups: one whose devices form no narrower group moves no KV, while the next may.
     relayouts = {key.splits: key for key in reversed(tuple(shapes.relayout_keys(groups)))}

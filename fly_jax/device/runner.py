@@ -120,7 +120,7 @@ class ModelRunner:
         rows = sampled_rows(plan)
         results = scores = alternatives = None
         if rows:
-            bucket = Buckets.pick(self.shapes.buckets(plan.group.size).rows, len(rows))
+            bucket = Buckets.pick(self.shapes.buckets(plan.group.tp).rows, len(rows))
             sampling = pack_sampling(rows, bucket, pad_slot=self.shapes.slots - 1)
             results = self._run_head(ExecutableKey(plan.group, StepKind.HEAD, bucket), sample_hidden, sampling)
             results.copy_to_host_async()
@@ -214,7 +214,7 @@ class ModelRunner:
             self.relayout(self.pack_relayout(group, key.splits, [], {}))
             jax.block_until_ready(self.pool.take(group))
         elif key.kind is StepKind.HEAD:
-            hidden = self._zeros(group, (shapes.sample_rows(group.size), width))
+            hidden = self._zeros(group, (shapes.sample_rows(group.tp), width))
             sampling = pack_sampling((), key.bucket, pad_slot=shapes.slots - 1)
             self._run_head(key, hidden, sampling).block_until_ready()
         else:
@@ -223,7 +223,7 @@ class ModelRunner:
             jax.block_until_ready(self.executables[key](self._groups[group].head, hidden, nothing))
 
     def _pack(self, plan: StepPlan) -> tuple[ExecutableKey, np.ndarray]:
-        buckets = self.shapes.buckets(plan.group.size)
+        buckets = self.shapes.buckets(plan.group.tp)
         if plan.prefills:
             key = ExecutableKey(plan.group, StepKind.MIXED, Buckets.pick(buckets.tokens, plan.num_tiled_tokens))
         else:

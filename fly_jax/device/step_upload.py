@@ -104,7 +104,7 @@ def pack_backbone(plan: StepPlan, shape: BackboneShape) -> np.ndarray:
     Pad places have position -1 (nothing is written for them); a token that the host does not know yet is -1
     and is read from the device-side token table at its row's slot.
     """
-    ranks = plan.group.size
+    ranks = plan.group.num_devices
     tokens, positions = np.zeros(shape.tokens, np.int32), np.full(shape.tokens, -1, np.int32)
     lengths, token_rows = np.ones(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
     slots = np.zeros(shape.rows, np.int32)

@@ -70,8 +70,7 @@ class WeightsManager:
 
     def _global_array(self, group: DeviceGroup, parameter: ParameterSpec) -> Array:
         shards = [
-            self._shard(device, rank, group.size, parameter)
-            for rank, device in enumerate(group.rank_order(self.base_tp))
+            self._shard(device, rank, group.tp, parameter) for rank, device in enumerate(group.rank_order(self.base_tp))
         ]
         sharding = self.meshes.sharding(group, parameter.partition)
         return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)

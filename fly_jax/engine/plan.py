@@ -181,7 +181,9 @@ def _layouts(config: EngineConfig, num_devices: int, base_tp: int) -> tuple[Layo
     if config.layouts is None:
         return layout, all_groups(num_devices, base_tp)
     allowed = [layout, *(Layout.parse(text, num_devices, base_tp) for text in config.layouts)]
-    return layout, tuple(sorted({group for each in allowed for group in each.groups}, key=lambda g: (g.size, g.start)))
+    return layout, tuple(
+        sorted({group for each in allowed for group in each.groups}, key=lambda g: (g.num_devices, g.start))
+    )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -17,7 +17,7 @@ def step_times_of(step_seconds: Mapping[ExecutableKey, float]) -> StepTimes:
     """
     slowest: dict[StepKind, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for key, seconds in step_seconds.items():
-        buckets = slowest[key.kind][key.group.size]
+        buckets = slowest[key.kind][key.group.tp]
         buckets[key.bucket] = max(seconds, buckets.get(key.bucket, 0.0))
     heads = slowest[StepKind.HEAD]
     return StepTimes(

@@ -67,12 +67,12 @@ class KVCacheSpec:
 
 
 class BlockAllocator:
-    """The free blocks of one device. Invariant: every block id is either free or held by one owner."""
+    """The blocks of one device, and how many hold each. Invariant: a block is free exactly if nobody holds it."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._held = [False] * num_blocks
+        self._holders = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -84,16 +84,30 @@ class BlockAllocator:
             raise ValueError(f"{count} blocks asked for, {len(self._free)} free")
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
-            self._held[block] = True
+            self._holders[block] = 1
         return taken
 
-    def free(self, blocks: Sequence[int]) -> None:
-        """Gives blocks back; freeing a block that is not held is a bug and raises before anything changes."""
-        if len(set(blocks)) != len(blocks) or not all(self._held[block] for block in blocks):
-            raise ValueError(f"blocks {list(blocks)} are not all held")
+    def share(self, blocks: Sequence[int]) -> None:
+        """One more holds these blocks, and will free them too; they have to be held already."""
+        self._check_held(blocks)
         for block in blocks:
-            self._held[block] = False
-        self._free.extend(reversed(blocks))
+            self._holders[block] += 1
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """One fewer holds these blocks; those that nobody holds any more are free.
+
+        Raises:
+            ValueError: a block is not held, or named twice; nothing has changed.
+        """
+        self._check_held(blocks)
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free.append(block)
+
+    def _check_held(self, blocks: Sequence[int]) -> None:
+        if len(set(blocks)) != len(blocks) or not all(self._holders[block] for block in blocks):
+            raise ValueError(f"blocks {list(blocks)} are not all held")
 
 
 @dataclass(slots=True)
@@ -126,11 +140,11 @@ class KVCacheManager:
         return min(self.allocators[device].num_free for device in group.device_indices)
 
     def new_table(self, group: DeviceGroup) -> BlockTable:
-        return BlockTable(group, [[] for _ in range(group.size)])
+        return BlockTable(group, [[] for _ in range(group.num_devices)])
 
     def missing_blocks(self, table: BlockTable, tokens: int) -> int:
         """Blocks a device that the table lacks to hold ``tokens`` tokens."""
-        return max(0, self.spec.blocks_for(tokens, table.group.size) - table.num_blocks)
+        return max(0, self.spec.blocks_for(tokens, table.group.tp) - table.num_blocks)
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
         """Makes room for ``tokens`` tokens in all; False, and nothing changed, if blocks are short."""

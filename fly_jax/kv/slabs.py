@@ -107,15 +107,15 @@ class MigrationTotals:
 def relayout_splits(group: DeviceGroup, base_tp: int) -> Iterator[HeadSplits]:
     """Every pair of degrees that a switch can ask of this group's mesh."""
     narrower = base_tp
-    while narrower < group.size:
-        yield HeadSplits(narrower, group.size)
-        yield HeadSplits(group.size, narrower)
+    while narrower < group.tp:
+        yield HeadSplits(narrower, group.tp)
+        yield HeadSplits(group.tp, narrower)
         narrower *= 2
 
 
 def slab_tokens(spec: KVCacheSpec, source: DeviceGroup, target: DeviceGroup) -> int:
     """Tokens of one slab between two groups' blocks."""
-    return min(spec.block_tokens(source.size), spec.block_tokens(target.size))
+    return min(spec.block_tokens(source.tp), spec.block_tokens(target.tp))
 
 
 def slab_moves(
@@ -128,7 +128,7 @@ def slab_moves(
     Args:
         tokens: begins at a whole slab.
     """
-    source_tp, target_tp = source.group.size, target.group.size
+    source_tp, target_tp = source.group.tp, target.group.tp
     heads = min(spec.local_kv_heads(source_tp), spec.local_kv_heads(target_tp))
     step = slab_tokens(spec, source.group, target.group)
     source_order = source.group.rank_order(base_tp)
@@ -164,6 +164,6 @@ def _place(
     spec: KVCacheSpec, table: BlockTable, rank: int, device: int, head_part: int, start: int, slab_tokens: int
 ) -> SlabPlace:
     """Where the slab of tokens ``start ..`` is in a table; of head part and token part at most one is not 0."""
-    block_tokens = spec.block_tokens(table.group.size)
+    block_tokens = spec.block_tokens(table.group.tp)
     token_part = start % block_tokens // slab_tokens
     return SlabPlace(device, table.rows[rank][start // block_tokens], head_part + token_part)

@@ -182,7 +182,7 @@ class _Choice:
         return min(close, key=lambda each: (self._changed_devices(each), len(each.degrees), each.degrees))
 
     def _changed_devices(self, layout: Layout) -> int:
-        return sum(group.size for group in self.current.groups if group not in layout.groups)
+        return sum(group.num_devices for group in self.current.groups if group not in layout.groups)
 
     def _blocks_suffice(self, layout: Layout) -> bool:
         """A merged group has blocks for what runs in its parts: a wide group's blocks are longer and fill less well."""
@@ -190,7 +190,7 @@ class _Choice:
         for group in layout.groups:
             inside = _parts(group, self.load)
             tokens, count = sum(_tokens(each) for each in inside), sum(len(each.running) for each in inside)
-            if tokens // kv.block_tokens(group.size) + count > kv.num_blocks:
+            if tokens // kv.block_tokens(group.tp) + count > kv.num_blocks:
                 return False
         return True
 
@@ -206,21 +206,21 @@ def switch_seconds(load: Load, machine: Machine, target: Layout) -> float:
     """
     longest = 0.0
     for group in {*load.layout.groups, *target.groups}:
-        narrow = [each for each in (*load.layout.groups, *target.groups) if each.size < group.size]
+        narrow = [each for each in (*load.layout.groups, *target.groups) if each.tp < group.tp]
         narrow = [each for each in narrow if each.overlaps(group)]
         if not narrow:
             continue
         tokens = sum(_tokens(each) for each in load.groups if each.group.overlaps(group))
-        degree = min(each.size for each in narrow)
-        slabs = tokens * degree / group.size / machine.kv.block_tokens(degree)
+        degree = min(each.tp for each in narrow)
+        slabs = tokens * degree / group.tp / machine.kv.block_tokens(degree)
         launches = max(1, math.ceil(slabs / CHUNK_SLABS))
-        longest = max(longest, launches * machine.step_times.relayout.get(group.size, 0.0))
+        longest = max(longest, launches * machine.step_times.relayout.get(group.tp, 0.0))
     return longest
 
 
 def _parts(group: DeviceGroup, load: Load) -> list[GroupLoad]:
     """The narrower groups in force on a group's devices."""
-    return [each for each in load.groups if each.group.size < group.size and each.group.overlaps(group)]
+    return [each for each in load.groups if each.group.tp < group.tp and each.group.overlaps(group)]
 
 
 def _tokens(group: GroupLoad) -> int:

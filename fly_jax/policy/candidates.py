@@ -42,7 +42,7 @@ class Needs:
     def fit(self, layout: Layout, machine: Machine) -> bool:
         """Every request's KV has a group that holds it, and its next token, among those it can move to."""
         return all(
-            machine.kv.capacity_tokens(max(group.size for group in layout.groups if group.overlaps(holder))) > tokens
+            machine.kv.capacity_tokens(max(group.tp for group in layout.groups if group.overlaps(holder))) > tokens
             for holder, tokens in self.held.items()
         )
 
@@ -54,8 +54,7 @@ class Needs:
         """
         groups = layout.groups
         missing = sum(
-            not any(group.size >= width and group.overlaps(holder) for group in groups)
-            for holder, width in self.anchored
+            not any(group.tp >= width and group.overlaps(holder) for group in groups) for holder, width in self.anchored
         )
         for width, tokens in self.tokens:
             missing += _groups_short(machine, width, slack * tokens, groups)
@@ -129,11 +128,11 @@ def _room(degree: int, kv: KVCacheSpec) -> _Room:
 
 def degrees_of(machine: Machine) -> list[int]:
     """The TP degrees that are compiled somewhere, narrow ones first."""
-    return sorted({group.size for group in machine.groups})
+    return sorted({group.tp for group in machine.groups})
 
 
 def _widest_around(machine: Machine, holder: DeviceGroup) -> int:
-    return max((group.size for group in machine.groups if group.overlaps(holder)), default=holder.size)
+    return max((group.tp for group in machine.groups if group.overlaps(holder)), default=holder.tp)
 
 
 def _half_of_devices(rooms: Sequence[_Room], machine: Machine) -> int | None:
@@ -160,7 +159,7 @@ def _tokens_by_holder(requests: Iterable[tuple[RequestLoad, DeviceGroup | None]]
 def _groups_short(machine: Machine, width: int, tokens: float, groups: Iterable[DeviceGroup]) -> int:
     """Groups of a degree that so many tokens need besides those there are; no more than the devices allow."""
     capacity = machine.kv.capacity_tokens
-    present = sum(capacity(group.size) for group in groups if group.size >= width)
+    present = sum(capacity(group.tp) for group in groups if group.tp >= width)
     missing = 0 if present else 1
     short = min(tokens, machine.num_devices // width * capacity(width)) - (present or capacity(width))
     return missing + max(0, math.ceil(short / capacity(width)))
@@ -183,7 +182,7 @@ class _Builder:
 
     def __init__(self, load: Load, machine: Machine, needs: Needs) -> None:
         self.load, self.machine, self.needs = load, machine, needs
-        self.by_size = sorted(machine.groups, key=lambda group: (group.size, group.start))
+        self.by_size = sorted(machine.groups, key=lambda group: (group.num_devices, group.start))
         self.running = {each.group: sum(request.tokens for request in each.running) for each in load.groups}
 
     def place(self, kept: Iterable[DeviceGroup], above: int) -> list[DeviceGroup]:
@@ -201,7 +200,7 @@ class _Builder:
         widths = {*tokens, *(width for _, width in anchored)}
         for width in sorted((each for each in widths if each > above), reverse=True):
             for holder, needed in anchored:
-                if needed == width and not any(g.size >= width and g.overlaps(holder) for g in groups):
+                if needed == width and not any(g.tp >= width and g.overlaps(holder) for g in groups):
                     self._add(groups, width, holder)
             while width in tokens and _groups_short(self.machine, width, tokens[width], groups):
                 if not self._add(groups, width):
@@ -210,11 +209,11 @@ class _Builder:
 
     def _add(self, groups: list[DeviceGroup], width: int, holder: DeviceGroup | None = None) -> bool:
         """Merges devices to a group of a degree where that disturbs least; False if they are all taken."""
-        wide = [group for group in groups if group.size >= width]
+        wide = [group for group in groups if group.tp >= width]
         runs = [
             run
             for run in self.by_size
-            if run.size >= width
+            if run.tp >= width
             and (holder is None or run.overlaps(holder))
             and not any(run.overlaps(group) for group in wide)
         ]
@@ -228,7 +227,7 @@ class _Builder:
         """Smallest first, then a group that is there, then where priority requests run, then fewest running tokens."""
         favoured = sum(tokens for group, tokens in self.needs.favoured.items() if group.overlaps(run))
         disturbed = sum(tokens for group, tokens in self.running.items() if group.overlaps(run))
-        return run.size, run not in self.running, -favoured, disturbed, run.start
+        return run.num_devices, run not in self.running, -favoured, disturbed, run.start
 
     def fill(self, groups: Iterable[DeviceGroup], degree: int) -> Layout | None:
         """The layout with these groups and, elsewhere, groups of one degree, narrower ones where that does not fit.
@@ -239,12 +238,12 @@ class _Builder:
         starts = sorted(taken)
         sizes: dict[int, list[int]] = defaultdict(list)
         for group in self.by_size:
-            sizes[group.start].append(group.size)
+            sizes[group.start].append(group.num_devices)
         degrees: list[int] = []
         position = 0
         while position < self.machine.num_devices:
             if position in taken:
-                size: int | None = taken[position].size
+                size: int | None = taken[position].num_devices
             else:
                 room = next((start for start in starts if start > position), self.machine.num_devices) - position
                 size = _best_size([size for size in sizes[position] if size <= room], degree)

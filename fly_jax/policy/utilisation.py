@@ -92,7 +92,7 @@ class Capacity:
 
         The backlog takes at least as long as its largest prompt does in the fastest group.
         """
-        sizes = [group.size for group in groups if group.size >= demand.width]
+        sizes = [group.tp for group in groups if group.tp >= demand.width]
         prompts = sum(self.prompt_speed.get(size, 0.0) for size in sizes)
         outputs = sum(self.output_speed.get(size, 0.0) for size in sizes)
         if not prompts or not outputs:

@@ -99,13 +99,13 @@ class Admission:
         """
         state = self.state
         open_groups = [each for group, each in state.groups.items() if state.hooks.admits(group, request)]
-        widest = max((each.group.size for each in open_groups), default=1)
+        widest = max((each.group.tp for each in open_groups), default=1)
         width = request.min_width if state.elastic else min(request.min_width, widest)
         whole = min(end(request), state.kv.spec.capacity_tokens(widest))
 
         def preference(each: GroupScheduler) -> tuple[int, bool, float, int]:
-            wide = each.group.size if request.prefers_width else 0
+            wide = each.group.tp if request.prefers_width else 0
             ends_elsewhere = each.capacity_tokens < whole
-            return -wide, ends_elsewhere, len(each.running) / each.group.size, -state.kv.free_blocks(each.group)
+            return -wide, ends_elsewhere, len(each.running) / each.group.num_devices, -state.kv.free_blocks(each.group)
 
         return sorted(fitting(request, open_groups, state.reach_tokens, width), key=preference)

@@ -30,7 +30,7 @@ def fitting(request: Request, groups: Sequence[GroupScheduler], reach: Reach, wi
     return [
         each
         for each in groups
-        if each.group.size >= width and reach(each.group) >= until and each.capacity_tokens >= request.num_needed
+        if each.group.tp >= width and reach(each.group) >= until and each.capacity_tokens >= request.num_needed
     ]
 
 
@@ -56,7 +56,7 @@ def check_fits_near(spec: KVCacheSpec, requests: Iterable[Request], target: Layo
         LayoutError: naming the first such request.
     """
     for request in requests:
-        near = [group.size for group in target.groups if group.overlaps(request.held_table.group)]
+        near = [group.tp for group in target.groups if group.overlaps(request.held_table.group)]
         check_all_fit(spec, [request], max(near))
 
 

@@ -27,14 +27,14 @@ class GroupScheduler:
         self.limits = limits
         self.kv = kv
         self.slots = slots
-        self.max_running = limits.max_running(group.size, kv.base_tp)
-        self.tile_budget = limits.tile_budget(group.size, kv.base_tp)
+        self.max_running = limits.max_running(group.num_devices, kv.base_tp)
+        self.tile_budget = limits.tile_budget(group.num_devices, kv.base_tp)
         self.running: list[Request] = []
 
     @property
     def capacity_tokens(self) -> int:
         """Longest context that the group holds when nothing else is in its pools."""
-        return self.kv.spec.capacity_tokens(self.group.size)
+        return self.kv.spec.capacity_tokens(self.group.tp)
 
     def admit(self, request: Request) -> bool:
         """Starts a request here if a slot and the blocks of all its known tokens are free."""
@@ -130,7 +130,7 @@ class GroupScheduler:
 
     def _blocks_short(self, request: Request, reserve: int) -> int:
         """Blocks that each device lacks for a request that would start here; 0 or less if it could."""
-        needed = self.kv.spec.blocks_for(request.num_known + 1, self.group.size)
+        needed = self.kv.spec.blocks_for(request.num_known + 1, self.group.tp)
         return needed + reserve - self.kv.free_blocks(self.group)
 
     def _decode_reserve(self, running: int) -> int:

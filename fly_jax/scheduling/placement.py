@@ -35,10 +35,10 @@ class Placement:
     def eligible(self, request: Request) -> list[GroupScheduler]:
         """Targets that are as wide as asked for, or the widest, and hold the request as long as any of them does."""
         near = [target for target in self.targets if target.group.overlaps(request.held_table.group)]
-        widest = max((target.group.size for target in near), default=1)
+        widest = max((target.group.tp for target in near), default=1)
         fits = fitting(request, near, self.reach_tokens, min(request.min_width, widest))
         # One that has outgrown them all stays until the cutover, which it refuses.
-        return fits or [target for target in near if target.group.size == widest]
+        return fits or [target for target in near if target.group.tp == widest]
 
     def choose(self, requests: Sequence[Request], reserved: Mapping[Request, BlockTable]) -> None:
         """Gives a home to those that have none: long ones first, so that short ones fill what these leave.
@@ -70,12 +70,12 @@ class Placement:
             group = target.group
             fits = blocks[group] + self._blocks(request, group) <= self.kv.spec.num_blocks
             full = not fits or len(target.running) + places[group] >= target.max_running
-            return full, -group.size if request.prefers_width else 0, blocks[group], places[group]
+            return full, -group.tp if request.prefers_width else 0, blocks[group], places[group]
 
         return min(self.eligible(request), key=preference).group
 
     def _blocks(self, request: Request, group: DeviceGroup) -> int:
-        return self.kv.spec.blocks_for(request.num_held, group.size)
+        return self.kv.spec.blocks_for(request.num_held, group.tp)
 
     def _blocks_of_others(
         self, requests: Sequence[Request], reserved: Mapping[Request, BlockTable]

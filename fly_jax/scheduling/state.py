@@ -37,8 +37,8 @@ class SchedulingState:
         elastic: bool,
     ) -> None:
         self.layout, self.limits, self.kv, self.elastic = layout, limits, kv, elastic
-        self.widest = max(group.size for group in compiled)
-        self._reach = {group: max(other.size for other in compiled if other.overlaps(group)) for group in compiled}
+        self.widest = max(group.tp for group in compiled)
+        self._reach = {group: max(other.tp for other in compiled if other.overlaps(group)) for group in compiled}
         self.waiting = RequestQueue()
         self.paused: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -90,7 +90,7 @@ class SchedulingState:
             elastic: None: as it is now.
         """
         widens = self.elastic if elastic is None else elastic
-        return self.kv.spec.capacity_tokens(self._reach[group] if widens else group.size)
+        return self.kv.spec.capacity_tokens(self._reach[group] if widens else group.tp)
 
     def impatient(self, request: Request) -> bool:
         """It has been held up for longer than anybody should."""

@@ -273,7 +273,7 @@ class Migration:
         copies, self._planned = list(self._copies.values()), None
         self._launch(packed)
         for copy in copies:
-            self.totals.blocks_moved += copy.request.held_table.num_blocks * copy.request.held_table.group.size
+            self.totals.blocks_moved += copy.request.held_table.num_blocks * copy.request.held_table.group.num_devices
             self.kv.release(copy.request.held_table)
             self._hand_over(copy)
         self._copies.clear()
@@ -305,7 +305,7 @@ class Migration:
             self._launch(launches.pack(self.mover))
             self.kv.release_part(source, freed, free_to)
             copy.copied, freed = end, free_to
-        self.totals.blocks_moved += source.num_blocks * source.group.size
+        self.totals.blocks_moved += source.num_blocks * source.group.num_devices
         self._hand_over(copy)
         return True
 
@@ -313,7 +313,7 @@ class Migration:
         """For each piece, the tokens moved and the source blocks free after it; None if it would get stuck."""
         spec, source = self.kv.spec, request.held_table
         free = {device: allocator.num_free for device, allocator in enumerate(self.kv.allocators)}
-        needed = spec.blocks_for(request.num_held, group.size)
+        needed = spec.blocks_for(request.num_held, group.tp)
         pieces, have, freed = [], 0, 0
         while have < needed:
             step = min(needed - have, *(free[device] for device in group.device_indices))
@@ -321,9 +321,9 @@ class Migration:
                 return None
             have += step
             last = have == needed
-            end = request.num_computed if last else min(have * spec.block_tokens(group.size), request.num_computed)
+            end = request.num_computed if last else min(have * spec.block_tokens(group.tp), request.num_computed)
             free_to = (
-                source.num_blocks if last else min(end // spec.block_tokens(source.group.size), source.num_blocks - 1)
+                source.num_blocks if last else min(end // spec.block_tokens(source.group.tp), source.num_blocks - 1)
             )
             for device in group.device_indices:
                 free[device] -= step
@@ -339,7 +339,7 @@ class Migration:
 
     def _copyable(self, copy: _Copy) -> int:
         """Tokens that are computed and that the new blocks have room for."""
-        room = copy.table.num_blocks * self.kv.spec.block_tokens(copy.table.group.size)
+        room = copy.table.num_blocks * self.kv.spec.block_tokens(copy.table.group.tp)
         return min(copy.request.num_computed, room)
 
     def _slab_tokens(self, copy: _Copy) -> int:
@@ -349,7 +349,7 @@ class Migration:
 def _program(copy: _Copy) -> tuple[DeviceGroup, HeadSplits]:
     """The mesh that carries a copy, and the degrees between which it moves."""
     source, target = copy.request.held_table.group, copy.table.group
-    return max(source, target, key=lambda group: group.size), HeadSplits(source.size, target.size)
+    return max(source, target, key=lambda group: group.num_devices), HeadSplits(source.tp, target.tp)
 
 
 def migration_of(

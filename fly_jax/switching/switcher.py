@@ -131,7 +131,7 @@ class Switcher:
 
     def _check_staying(self, groups: Iterable[DeviceGroup]) -> None:
         for group in groups:
-            check_all_fit(self.state.kv.spec, self.state.groups[group].running, group.size)
+            check_all_fit(self.state.kv.spec, self.state.groups[group].running, group.tp)
 
     # -- paused requests --------------------------------------------------------------------------------------
 

@@ -41,11 +41,11 @@ class WideningLimit:
         if len(self._widenings) < MOST_WIDENINGS:
             return None
         until = self._widenings[0].at + WINDOW_SECONDS
-        made = {group for widening in self._widenings for group in widening.groups if group.size > 1}
+        made = {group for widening in self._widenings for group in widening.groups if group.tp > 1}
         if now >= until or all(any(_covers(group, each) for group in target.groups) for each in made):
             return None
         return until
 
 
 def _covers(group: DeviceGroup, other: DeviceGroup) -> bool:
-    return group.size >= other.size and group.overlaps(other)
+    return group.num_devices >= other.num_devices and group.overlaps(other)

@@ -85,15 +85,15 @@ def check_running(scheduler: Scheduler) -> None:
     assert set(scheduler.groups) == set(scheduler.layout.groups)
     for group, local in scheduler.groups.items():
         assert len(local.running) <= local.max_running
-        assert local.max_running <= scheduler.limits.max_num_seqs * group.size // kv.base_tp
+        assert local.max_running <= scheduler.limits.max_num_seqs * group.num_devices // kv.base_tp
         assert_by_rank(local.running)
         for request in local.running:
             table = request.held_table
             assert request.state is RequestState.RUNNING
             assert table.group == group
             assert {len(row) for row in table.rows} == {table.num_blocks}
-            assert spec.blocks_for(request.num_computed, group.size) <= table.num_blocks
-            assert table.num_blocks <= spec.blocks_for(request.num_tokens + 1, group.size)
+            assert spec.blocks_for(request.num_computed, group.tp) <= table.num_blocks
+            assert table.num_blocks <= spec.blocks_for(request.num_tokens + 1, group.tp)
             assert request.num_computed <= request.num_tokens <= scheduler.max_model_len
             assert len(request.output_ids) + request.num_pending <= request.max_tokens <= request.limit
     slots = [request.slot for request in scheduler.requests.values() if request.table is not None]
@@ -108,8 +108,8 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     limits = scheduler.limits
     assert plan.rows
     assert len({id(row.request) for row in plan.rows}) == len({row.slot for row in plan.rows}) == len(plan.rows)
-    assert len(plan.rows) <= limits.max_num_seqs * plan.group.size // scheduler.kv.base_tp
-    assert plan.num_tiled_tokens <= limits.tile_budget(plan.group.size, scheduler.kv.base_tp)
+    assert len(plan.rows) <= limits.max_num_seqs * plan.group.num_devices // scheduler.kv.base_tp
+    assert plan.num_tiled_tokens <= limits.tile_budget(plan.group.num_devices, scheduler.kv.base_tp)
     assert all(row.count == 1 for row in plan.decodes)
     assert all(row.count >= 1 for row in plan.prefills)
 
@@ -122,13 +122,12 @@ def could_hold(scheduler: Scheduler, request: Request) -> list[GroupScheduler]:
     """Open groups that are as wide as asked for and hold the request to its end, or as long as any does."""
     capacity = scheduler.kv.spec.capacity_tokens
     admitting = [local for group, local in scheduler.groups.items() if scheduler.hooks.admits(group, request)]
-    widest = max((local.group.size for local in admitting), default=1)
+    widest = max((local.group.tp for local in admitting), default=1)
     needed = min(len(request.prompt_ids) + request.limit, capacity(widest))
     return [
         local
         for local in admitting
-        if local.group.size >= min(request.min_width, widest)
-        and capacity(local.group.size) >= needed > request.num_known
+        if local.group.tp >= min(request.min_width, widest) and capacity(local.group.tp) >= needed > request.num_known
     ]
 
 
@@ -140,5 +139,5 @@ def check_cannot_start(scheduler: Scheduler, request: Request, local: GroupSched
     left = len(local.running) - len(victims)
     reserve = min(left, max(1, spec.num_blocks // 100))
     slots = scheduler.slots.num_free + len(victims)
-    short = spec.blocks_for(request.num_known + 1, group.size) + reserve > free
+    short = spec.blocks_for(request.num_known + 1, group.tp) + reserve > free
     assert short or left == local.max_running or not slots, f"{request.request_id} could start in {group}"

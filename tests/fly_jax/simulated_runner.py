@@ -161,7 +161,7 @@ class SimulatedRunner:
         return range(first, first + self.kv.local_kv_heads(tp))
 
     def _write(self, row: ScheduledRow) -> None:
-        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.size
+        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.tp
         if row.start == 0:
             self._lives[request] = next(self._new_life)
         for rank, device in enumerate(table.group.rank_order(self._base_tp)):
@@ -176,7 +176,7 @@ class SimulatedRunner:
 
     def _read(self, row: ScheduledRow) -> list[int]:
         """The row's context from the pools; every head on every rank must hold it."""
-        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.size
+        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.tp
         count, tokens = row.start + row.count, None
         for rank, device in enumerate(table.group.rank_order(self._base_tp)):
             blocks = [self._block(tp, device, block) for block in table.rows[rank]]

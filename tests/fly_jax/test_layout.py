@@ -80,7 +80,7 @@ def test_any_text_either_partitions_the_devices_or_is_a_layout_error(text: str, 
     except LayoutError:
         return
     assert layout.num_devices == num_devices
-    assert all(g.size & (g.size - 1) == 0 and g.start % g.size == 0 for g in layout.groups)
+    assert all(g.num_devices & (g.num_devices - 1) == 0 and g.start % g.num_devices == 0 for g in layout.groups)
 
 
 @pytest.mark.parametrize(("text", "uses"), [("2+1", 3), ("4+4", 8), ("dp8", 8), ("tp8", 8), ("dp3", 3), ("dp2xtp4", 8)])
@@ -112,7 +112,7 @@ def test_every_rank_reads_inside_the_shard_that_its_device_holds(num_devices: in
         assert sorted(order) == list(group.device_indices)
         for rank, device in enumerate(order):
             shard = device % base_tp
-            wanted = Fraction(rank, group.size), Fraction(rank + 1, group.size)
+            wanted = Fraction(rank, group.tp), Fraction(rank + 1, group.tp)
             held = Fraction(shard, base_tp), Fraction(shard + 1, base_tp)
             assert held[0] <= wanted[0]
             assert wanted[1] <= held[1]
@@ -124,7 +124,7 @@ def test_all_groups_are_those_that_some_layout_holds(base_tp: int) -> None:
     groups = all_groups(8, base_tp)
     assert set(groups) == held
     assert len(groups) == len(held)
-    assert [group.size for group in groups] == sorted(group.size for group in groups)
+    assert [group.tp for group in groups] == sorted(group.tp for group in groups)
 
 
 @given(st.sampled_from(all_groups(16, 1)), st.sampled_from(all_groups(16, 1)))

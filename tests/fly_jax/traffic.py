@@ -262,7 +262,7 @@ class Traffic:
         """What a switch must be refused for."""
         if self.switcher.target is not None:
             return "under way"
-        widest = max(group.size for group in groups_of(target))
+        widest = max(group.tp for group in groups_of(target))
         for request in self.scheduler.waiting:
             if request.num_tokens >= self.kv.spec.capacity_tokens(widest) and not request.will_sample_no_more:
                 return f"request {request.request_id} waits"
@@ -279,7 +279,7 @@ class Traffic:
         return request.num_tokens + (not request.will_sample_no_more) > self._capacity_near(request, target)
 
     def _capacity_near(self, request: Request, target: str) -> int:
-        near = [group.size for group in groups_of(target) if group.overlaps(request.held_table.group)]
+        near = [group.tp for group in groups_of(target) if group.overlaps(request.held_table.group)]
         return self.kv.spec.capacity_tokens(max(near))
 
     def _watched_advance(self) -> LayoutSwitch | None:
@@ -349,10 +349,10 @@ class Traffic:
             assert request.state is RequestState.RUNNING
             assert (request.num_computed, request.slot) == (each.num_computed, each.slot)
             near = [other for other in groups_of(target) if other.overlaps(each.group)]
-            capacity = self.kv.spec.capacity_tokens(max(other.size for other in near))
+            capacity = self.kv.spec.capacity_tokens(max(other.tp for other in near))
             assert request.max_tokens == min(request.limit, capacity - len(request.prompt_ids))
             assert group in near
-            assert group.size >= min(request.min_width, max(other.size for other in near))
+            assert group.tp >= min(request.min_width, max(other.tp for other in near))
         self._saw("a migration preempts", preempted)
         self._saw("a migration copies ahead", switch.totals.bytes_ahead)
         if self._has_room(before, moving, target):
@@ -363,10 +363,10 @@ class Traffic:
         spec, limits = self.kv.spec, self.scheduler.limits
         for group in groups_of(target):
             there = [each for each in moving if each.group.overlaps(group)]
-            blocks = sum(spec.blocks_for(each.request.num_tokens, group.size) for each in there)
+            blocks = sum(spec.blocks_for(each.request.num_tokens, group.tp) for each in there)
             resumed = [name for name in before.paused if before.requests[name][-1][0] == group]
             others = len(before.running.get(group, ())) + len(resumed)
-            places = limits.max_running(group.size, self.kv.base_tp) - others
+            places = limits.max_running(group.num_devices, self.kv.base_tp) - others
             if blocks > min(before.free[device] for device in group.device_indices) or len(there) > places:
                 return False
         return True

@@ -45,12 +45,12 @@ class ModelledTimes:
         """What a warm-up would measure."""
         seconds: dict[ExecutableKey, float] = {}
         for group in all_groups(num_devices, base_tp):
-            buckets = Buckets.of(MAX_NUM_SEQS * group.size // base_tp, MAX_NUM_BATCHED_TOKENS)
+            buckets = Buckets.of(MAX_NUM_SEQS * group.num_devices // base_tp, MAX_NUM_BATCHED_TOKENS)
             for rows in buckets.rows:
-                seconds[ExecutableKey(group, StepKind.DECODE, rows)] = self.step(group.size, rows)
+                seconds[ExecutableKey(group, StepKind.DECODE, rows)] = self.step(group.tp, rows)
                 seconds[ExecutableKey(group, StepKind.HEAD, rows)] = 0.0
             for tokens in buckets.tokens:
-                seconds[ExecutableKey(group, StepKind.MIXED, tokens)] = self.step(group.size, tokens)
+                seconds[ExecutableKey(group, StepKind.MIXED, tokens)] = self.step(group.tp, tokens)
             for splits in relayout_splits(group, base_tp):
                 seconds[ExecutableKey(group, StepKind.RELAYOUT, 16, splits)] = self.relayout
         return seconds
@@ -102,7 +102,7 @@ class TimedRunner(SimulatedRunner):
 
     def launch(self, plan: StepPlan) -> SimulatedStep:
         results = [RowResult(row, TokenLogprob(1, -1.0) if row.samples else None) for row in plan.rows]
-        seconds = self.times.step(plan.group.size, plan.num_tokens)
+        seconds = self.times.step(plan.group.tp, plan.num_tokens)
         step = TimedStep(plan, results, False, self._occupy(plan.group, seconds), self.clock)
         self.unread.append(step)
         return step

@@ -86,7 +86,7 @@ class Devices:
         return self.splits.source_tp, self.splits.target_tp
 
     def _table(self, index: int, tp: int, tokens: int) -> BlockTable:
-        groups = self.group.size // tp
+        groups = self.group.num_devices // tp
         table = self.kv.new_table(DeviceGroup(self.group.start + index % groups * tp, tp))
         assert self.kv.grow(table, tokens)
         return table
@@ -95,7 +95,7 @@ class Devices:
         self, pools: np.ndarray, table: BlockTable, content: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Each piece of the pools that a table names, beside what belongs there."""
-        tp = table.group.size
+        tp = table.group.tp
         block_tokens, heads = self.spec.block_tokens(tp), self.spec.local_kv_heads(tp)
         for rank, device in enumerate(table.group.rank_order(self.base_tp)):
             first = self.spec.first_kv_head(tp, rank)
@@ -194,7 +194,7 @@ def test_pools_of_32_bit_elements_move_too(splits: HeadSplits) -> None:
 def test_latest_tokens_reach_every_device_of_the_group_and_other_slots_stay(base_tp: int, splits: HeadSplits) -> None:
     devices = Devices(4, base_tp, splits, np.uint16)
     program, group = Program(devices), devices.group
-    token_devices = {slot: group.start + slot % group.size for slot in range(0, SLOTS, 2)}
+    token_devices = {slot: group.start + slot % group.num_devices for slot in range(0, SLOTS, 2)}
     assert program.run(token_devices) > 1  # every launch of a relayout carries them
     expected = devices.tokens.copy()
     for slot, device in token_devices.items():

@@ -50,7 +50,7 @@ def mixed_plan(size: int = 2) -> StepPlan:
 
 def unpack(plan: StepPlan, shape: BackboneShape, rank: int) -> dict[str, np.ndarray]:
     packed = pack_backbone(plan, shape)
-    assert packed.shape == (plan.group.size, shape.layout.size)
+    assert packed.shape == (plan.group.tp, shape.layout.size)
     return {name: np.asarray(array) for name, array in shape.layout.unpack(jnp.asarray(packed[rank])).items()}
 
 

@@ -46,7 +46,7 @@ class Recorder:
         self.traffic.finish()
 
     def _check(self, plan: StepPlan) -> None:
-        kv, tp = self.traffic.kv, plan.group.size
+        kv, tp = self.traffic.kv, plan.group.tp
         mixed = bool(plan.prefills)
         shape = BackboneShape(TOKENS if mixed else ROWS, ROWS, table_width(kv.spec, 256, tp), ROWS, mixed)
         upload = Upload.of(plan, pack_backbone(plan, shape), shape, kv.base_tp)

@@ -120,7 +120,7 @@ def uploads(model: LoadedModel) -> Iterator[list[tuple[Upload, int]]]:
     def watched(plan: StepPlan) -> InFlightStep:
         key, packed = runner._pack(plan)
         upload = Upload.of(plan, packed, runner.shapes.backbone(key), runner.meshes.base_tp)
-        size = runner.shapes.kv_layout(key.group.size).block_tokens
+        size = runner.shapes.kv_layout(key.group.tp).block_tokens
         assert upload.wrong_slots(size) == []
         seen.append((upload, size))
         return launch(plan)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -73,6 +74,24 @@ def test_a_double_free_is_refused() -> None:
     allocator.free(held)
     with pytest.raises(ValueError, match="not all held"):
         allocator.free(held)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["allocate", "share", "free"]), st.integers(0, 7)), max_size=60))
+def test_a_block_is_free_again_when_its_last_holder_has_freed_it(operations: list[tuple[str, int]]) -> None:
+    """Against a plain count of holders; what is not allowed is refused and changes nothing."""
+    allocator, holders = BlockAllocator(8), Counter[int]()
+    for operation, block in operations:
+        if operation == "allocate" and allocator.num_free:
+            (taken,) = allocator.allocate(1)
+            assert holders[taken] == 0
+            holders[taken] = 1
+        elif operation != "allocate" and holders[block]:
+            getattr(allocator, operation)([block])
+            holders[block] += 1 if operation == "share" else -1
+        elif operation != "allocate":
+            with pytest.raises(ValueError, match="not all held"):
+                getattr(allocator, operation)([block])
+        assert allocator.num_free == sum(holders[each] == 0 for each in range(8))
 
 
 def test_a_table_grows_on_every_device_of_its_group_and_on_no_other() -> None:

@@ -35,8 +35,8 @@ def test_every_move_of_a_switch_has_a_program(base_tp: int) -> None:
     for source, target in product(layouts, repeat=2):
         for old, new in product(source.groups, target.groups):
             if old != new and old.overlaps(new):
-                wide = max(old, new, key=lambda group: group.size)
-                assert HeadSplits(old.size, new.size) in set(relayout_splits(wide, base_tp))
+                wide = max(old, new, key=lambda group: group.num_devices)
+                assert HeadSplits(old.tp, new.tp) in set(relayout_splits(wide, base_tp))
 
 
 _places = st.builds(SlabPlace, st.integers(0, 3), st.integers(0, 20), st.integers(0, 3))
@@ -93,7 +93,7 @@ def _records(
     spec: KVCacheSpec, base_tp: int, table: BlockTable, tokens: int
 ) -> dict[tuple[int, int, int], tuple[int, int]]:
     """``(device, block, place in it) -> (head, position)``, for every head and token that a table holds."""
-    tp = table.group.size
+    tp = table.group.tp
     found = {}
     for rank, device in enumerate(table.group.rank_order(base_tp)):
         for local, position in product(range(spec.local_kv_heads(tp)), range(tokens)):
@@ -122,7 +122,7 @@ def test_moves_bring_every_head_and_token_to_its_place_once(
     request_: tuple[KVCacheManager, BlockTable, BlockTable, int],
 ) -> None:
     kv, source, target, tokens = request_
-    spec, splits = kv.spec, HeadSplits(source.group.size, target.group.size)
+    spec, splits = kv.spec, HeadSplits(source.group.tp, target.group.tp)
     moves = list(slab_moves(spec, kv.base_tp, source, target, range(tokens)))
     held = _records(spec, kv.base_tp, source, tokens)
     arrived: dict[tuple[int, int, int], tuple[int, int]] = {}
@@ -149,14 +149,14 @@ def test_a_slab_travels_only_if_its_device_does_not_hold_it(
     request_: tuple[KVCacheManager, BlockTable, BlockTable, int],
 ) -> None:
     kv, source, target, tokens = request_
-    spec, tp = kv.spec, source.group.size
+    spec, tp = kv.spec, source.group.tp
     own = {
         (device, head)
         for rank, device in enumerate(source.group.rank_order(kv.base_tp))
         for head in range(spec.first_kv_head(tp, rank), spec.first_kv_head(tp, rank) + spec.local_kv_heads(tp))
     }
     held, there = (_records(spec, kv.base_tp, table, tokens) for table in (source, target))
-    splits = HeadSplits(tp, target.group.size)
+    splits = HeadSplits(tp, target.group.tp)
     for move in slab_moves(spec, kv.base_tp, source, target, range(tokens)):
         head, position = there[_slab_records(spec, splits.target_tp, splits, move.target)[0]]
         assert held[_slab_records(spec, tp, splits, move.source)[0]] == (head, position)

@@ -55,7 +55,7 @@ def make_machine(
     groups = set(all_groups(num_devices, base_tp))
     if layouts is not None:
         groups = {group for text in layouts for group in Layout.parse(text, num_devices, base_tp).groups}
-    degrees = {group.size for group in groups} - {*untimed}
+    degrees = {group.tp for group in groups} - {*untimed}
     table = {
         kind: {
             degree: {size: step_seconds(degree, size, all_reduce=all_reduce) for size in sizes(degree)}
@@ -539,12 +539,12 @@ def situations(draw: st.DrawFn) -> tuple[Load, Machine]:
         GroupLoad(
             group,
             # A running request always has room for its next token.
-            tuple(request(machine.kv.capacity_tokens(group.size) - 1) for _ in range(draw(st.integers(0, 3)))),
+            tuple(request(machine.kv.capacity_tokens(group.tp) - 1) for _ in range(draw(st.integers(0, 3)))),
             0,
         )
         for group in current.groups
     )
-    widest = max(group.size for group in machine.groups)
+    widest = max(group.tp for group in machine.groups)
     waiting = tuple(request(machine.kv.capacity_tokens(widest)) for _ in range(draw(st.integers(0, 4))))
     rates = st.sampled_from([0.0, 1e3, 3e4, 1e5])
     last_switch = draw(st.sampled_from([None, 0.0, 9.99, 10.0]))
@@ -564,7 +564,7 @@ def test_every_decision_leads_to_a_layout_that_can_be_switched_to(situation: tup
     assert decision.target != load.layout
     for group in load.groups:
         for request in group.running:
-            near = [each.size for each in target.groups if each.overlaps(group.group)]
+            near = [each.tp for each in target.groups if each.overlaps(group.group)]
             assert machine.kv.capacity_tokens(max(near)) > request.tokens
 
 

@@ -100,7 +100,7 @@ def test_a_minimum_width_is_granted_under_load_within_a_few_passes() -> None:
     def watch(each: Simulation) -> None:
         request = each.engine.scheduler.requests.get(wide)
         if request is not None and request.min_width == 2 and request.table is not None:
-            groups.add(request.table.group.size)
+            groups.add(request.table.group.tp)
 
     simulation = Simulation([*load, Arrival(2.0, 300, 20, width=2)], on_step=watch)
     simulation.run()

@@ -173,7 +173,7 @@ def test_a_request_that_is_too_wide_for_the_layout_waits_for_one_that_has_its_wi
     assert wide.state is RequestState.WAITING
     script.target = Layout.parse("4", 4)
     run_until(lambda: wide.state is RequestState.RUNNING, traffic)
-    assert wide.held_table.group.size == 4
+    assert wide.held_table.group.tp == 4
     traffic.finish()
 
 

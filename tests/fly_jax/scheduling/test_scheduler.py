@@ -27,7 +27,7 @@ def test_a_wide_group_takes_as_many_requests_as_its_devices_would() -> None:
     requests = [make_request(name=str(i)) for i in range(8)]
     add(scheduler, *requests)
     scheduler.route()
-    sizes = [group_of(request).size for request in requests]
+    sizes = [group_of(request).tp for request in requests]
     assert sizes.count(2) == 4
     assert sizes.count(1) == 4
 
@@ -38,8 +38,8 @@ def test_a_long_request_goes_to_the_group_that_holds_it_to_its_end() -> None:
     others = [make_request(name=str(i)) for i in range(1)]
     add(scheduler, request, *others)
     scheduler.route()
-    assert group_of(request).size == 2
-    assert group_of(others[0]).size == 1
+    assert group_of(request).tp == 2
+    assert group_of(others[0]).tp == 1
 
 
 def test_nobody_overtakes_the_head_of_the_queue() -> None:
@@ -151,9 +151,9 @@ def test_a_switch_admits_nothing_to_groups_it_dissolves_and_drains_only_those() 
     late = [send(scheduler, f"late{i}") for i in range(4)]
     scheduler.route()
     assert {group_of(request).start for request in late if request.table} == {2, 3}
-    kept = {group: scheduler.groups[group] for group in scheduler.groups if group.size == 1}
+    kept = {group: scheduler.groups[group] for group in scheduler.groups if group.tp == 1}
     for request in requests:
-        if group_of(request).size == 2:
+        if group_of(request).tp == 2:
             scheduler.finish(request, FinishReason.STOP)
     assert switcher_of(scheduler).advance() is not None
     assert str(scheduler.layout) == "1+1+1+1"

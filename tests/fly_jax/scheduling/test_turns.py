@@ -34,7 +34,7 @@ def test_an_urgent_request_goes_to_the_widest_group() -> None:
     scheduler.route()
     urgent = send(scheduler, "urgent", priority=-1)
     scheduler.route()
-    assert group_of(urgent).size == 2
+    assert group_of(urgent).tp == 2
     assert {request.state for request in running} == {RequestState.RUNNING}
 
 
@@ -124,7 +124,7 @@ def test_a_request_goes_to_no_group_that_is_narrower_than_it_asks_for() -> None:
     wide = [send(scheduler, str(i), min_width=2) for i in range(3)]
     scheduler.route()
     assert [request.state for request in wide] == [RequestState.RUNNING] * 2 + [RequestState.WAITING]
-    assert {group_of(request).size for request in wide[:2]} == {2}
+    assert {group_of(request).tp for request in wide[:2]} == {2}
 
 
 def test_a_width_that_no_group_has_is_refused_with_both_numbers() -> None:
@@ -148,22 +148,22 @@ def test_a_request_whose_width_the_layout_has_lost_takes_the_widest_there_is() -
     switcher_of(scheduler).begin(Layout.parse("2+1+1", 4), SwitchStrategy.HARD_PREEMPT)
     assert switcher_of(scheduler).advance() is not None
     scheduler.route()
-    assert group_of(wide).size == 2
+    assert group_of(wide).tp == 2
 
 
 def test_short_requests_go_on_starting_elsewhere_while_a_wide_one_waits_for_its_group() -> None:
     scheduler = make_scheduler("2+1+1", max_num_seqs=2)
     first = [send(scheduler, f"first{i}", min_width=2) for i in range(4)]
     scheduler.route()
-    assert {group_of(request).size for request in first} == {2}
+    assert {group_of(request).tp for request in first} == {2}
     wide = send(scheduler, "wide", min_width=2)
     short = [send(scheduler, f"short{i}") for i in range(5)]
     scheduler.route()
-    assert {group_of(request).size for request in short[:4]} == {1}
+    assert {group_of(request).tp for request in short[:4]} == {1}
     assert (wide.state, short[4].state) == (RequestState.WAITING, RequestState.WAITING)
     scheduler.finish(first[0], FinishReason.STOP)
     scheduler.route()
-    assert group_of(wide).size == 2
+    assert group_of(wide).tp == 2
     assert short[4].state is RequestState.WAITING
 
 
@@ -221,7 +221,7 @@ def test_a_layout_cannot_be_pinned_while_a_request_needs_a_wider_one() -> None:
     switcher_of(scheduler).begin(Layout.parse("2+2", 4), SEQUENTIAL, elastic=True)
     assert switcher_of(scheduler).advance() is not None
     scheduler.route()
-    assert group_of(request).size == 2
+    assert group_of(request).tp == 2
     switcher_of(scheduler).check_pinned()
 
 

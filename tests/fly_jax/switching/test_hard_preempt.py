@@ -58,7 +58,7 @@ def test_paused_requests_go_on_elsewhere_when_their_successors_have_nothing_to_d
     assert (report.requests_paused, report.requests_moved) == (4, 0)
     assert report.kv_bytes_moved == report.kv_bytes_adopted
     run_until(lambda: not traffic.scheduler.paused, traffic)
-    assert {(request.state, request.held_table.group.size) for request in requests} == {(RequestState.RUNNING, 4)}
+    assert {(request.state, request.held_table.group.tp) for request in requests} == {(RequestState.RUNNING, 4)}
     assert traffic.runner.relayouts
     traffic.finish()
     assert traffic.engine.control.log.kv_bytes_moved == bytes_moved(traffic.runner)

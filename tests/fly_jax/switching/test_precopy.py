@@ -49,13 +49,13 @@ def test_a_long_context_is_copied_over_several_steps_while_its_group_goes_on_and
     steps = run_until(lambda: ticket.report is not None, traffic)
     report = ticket.report
     assert report is not None
-    slab_tokens = min(traffic.kv.spec.block_tokens(each) for each in (group.size, long.held_table.group.size))
+    slab_tokens = min(traffic.kv.spec.block_tokens(each) for each in (group.tp, long.held_table.group.tp))
     slabs = long.num_computed // slab_tokens
     assert steps >= slabs // (LAUNCHES_AHEAD * traffic.runner.chunk_slabs)
     assert steps > 3
     assert long.num_tokens >= tokens + (steps - 3 if instant else steps // 2), "its old group did not go on"
-    wide = max(group.size, long.held_table.group.size)
-    slab_bytes = traffic.kv.spec.slab_bytes(group.size, long.held_table.group.size)
+    wide = max(group.tp, long.held_table.group.tp)
+    slab_bytes = traffic.kv.spec.slab_bytes(group.tp, long.held_table.group.tp)
     tail = report.kv_bytes_moved - report.kv_bytes_precopied
     assert 0 < tail <= (CUTOVER_SLABS + 1) * wide * slab_bytes
     assert report.kv_bytes_precopied > 5 * tail
@@ -86,7 +86,7 @@ def test_blocks_taken_ahead_are_given_back_when_running_requests_need_them() -> 
     assert blocks_of(traffic.engine, reserved_tables(traffic.engine))[device]
     allocator = traffic.kv.allocators[device]
     taken = allocator.allocate(allocator.num_free)  # as if others had grown
-    while long.held_table.group.size == 1 and long.held_table.num_blocks == before:
+    while long.held_table.group.tp == 1 and long.held_table.num_blocks == before:
         traffic.receive(traffic.engine.step())
     allocator.free(taken)
     report = done(traffic, ticket)

@@ -128,7 +128,7 @@ def test_groups_that_a_switch_keeps_go_on_while_others_drain() -> None:
     for i in range(3):
         send(traffic, [1 + i], max_tokens=30 if i == 0 else 60)
     traffic.step()
-    assert {plan.group.size for plan in traffic.runner.plans} == {1, 2}
+    assert {plan.group.tp for plan in traffic.runner.plans} == {1, 2}
     launched = len(traffic.runner.plans)
     switched(traffic, "1+1+1+1", SEQUENTIAL)
     busy = Counter(plan.group for plan in traffic.runner.plans[launched:])
@@ -243,7 +243,7 @@ def test_a_long_request_goes_to_the_new_group_that_holds_it_to_its_end() -> None
     requests = [send(traffic, [1 + i] * 10, max_tokens=90) for i in range(3)]
     traffic.step(3)
     switched(traffic, "2+1+1", MIGRATE)
-    assert {request.held_table.group.size for request in requests} == {2}
+    assert {request.held_table.group.tp for request in requests} == {2}
     traffic.finish()
     assert {len(request.output_ids) for request in requests} == {90}
 
@@ -254,8 +254,8 @@ def test_a_request_keeps_the_width_that_it_asked_for() -> None:
     narrow = [send(traffic, [2 + i] * 10) for i in range(4)]
     traffic.step(3)
     switched(traffic, "1+1+2", MIGRATE)
-    assert wide.held_table.group.size == 2
-    assert {request.held_table.group.size for request in narrow} == {1, 2}
+    assert wide.held_table.group.tp == 2
+    assert {request.held_table.group.tp for request in narrow} == {1, 2}
     traffic.finish()
 
 
@@ -323,9 +323,9 @@ def test_a_drain_does_not_wait_for_a_preempted_request_that_others_will_take() -
     traffic = Traffic(layout="2+1+1", max_num_seqs=1)
     kept = [send(traffic, [1 + i], max_tokens=100) for i in range(4)]
     traffic.step(2)
-    preempted = next(each for each in kept if each.held_table.group.size == 1)
+    preempted = next(each for each in kept if each.held_table.group.tp == 1)
     for request in kept:
-        if request.held_table.group.size == 2:
+        if request.held_table.group.tp == 2:
             traffic.abort(request.request_id)
     traffic.scheduler.preempt(preempted)  # as if its blocks were needed
     ticket = traffic.switch("1+1+1+1", SEQUENTIAL)
