@@ -11,7 +11,7 @@ NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve demo test conformance stress lint format notebooks parity golden check-h200 check-gpu gpu-report train-demo clean
+.PHONY: help serve demo test test-fast conformance stress lint format notebooks parity golden check-h200 check-gpu gpu-report train-demo clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -36,6 +36,10 @@ demo: $(BIN)/fly-jax
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not stress and not gpu and not h200 and not parity"
+
+# make test-fast    what is not marked slow, for the loop while working: under two minutes on two cores
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow and not stress and not gpu and not h200 and not parity"
 
 # make conformance    real clients against a server; each has an environment of its own in .cache/conformance
 conformance: $(BIN)/fly-jax

@@ -39,6 +39,7 @@ def test_every_command_is_covered_by_a_test_or_by_ci() -> None:
             assert command.startswith(covered_here), command
 
 
+@pytest.mark.slow
 def test_generate_and_convert_work_as_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path / "hf", CASES["llama_gqa_tied"])
     folders = {"MODEL_DIR": str(tmp_path / "hf"), "HF_DIR": str(tmp_path / "hf"), "OUT_DIR": str(tmp_path / "out")}
@@ -70,6 +71,7 @@ def test_the_benchmarks_flags_exist() -> None:
         assert callable(parse(shlex.split(command)[3:]).command)
 
 
+@pytest.mark.slow
 def test_the_python_example_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -45,6 +45,7 @@ def scores(folder: Path, **options: Any) -> np.ndarray:
         return llm.score(PROMPT)
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_is_used_although_config_json_ties_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_head_of_its_own_is_used_although_config_json_ties_it(
     assert f"{HEAD} differs from {TABLE}" in record.message
 
 
+@pytest.mark.slow
 def test_a_converted_folder_keeps_the_head_and_the_memory_plan_counts_it(tmp_path: Path) -> None:
     folder = write_tied(tmp_path / "hf")
     convert(folder, tmp_path / "prepared", max_tp=4, dtype="float32")
@@ -73,6 +75,7 @@ def test_dummy_weights_follow_config_json_alone(tmp_path: Path) -> None:
     assert plan.model_config.tie_embeddings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["equal", "only"])
 def test_one_table_under_either_name_stays_one_table(
     tmp_path: Path, head: str, caplog: pytest.LogCaptureFixture

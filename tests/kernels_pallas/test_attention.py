@@ -17,11 +17,13 @@ BACKENDS = pytest.mark.parametrize("backend", [XLA, INTERPRETED], ids=["xla", "p
 OPTIONS = AttentionOptions(0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_xla_equals_attention_by_its_definition(case: Case) -> None:
     assert case.error(XLA) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_equal_attention_by_its_definition(case: Case) -> None:
     assert case.error(PallasBackend("NVIDIA H200", interpret=True, tuning=case.tuning)) < TOLERANCE[case.dtype]
@@ -31,6 +33,7 @@ def small_contexts(*lengths: int, dtype: type = ml_dtypes.bfloat16) -> PagedCont
     return PagedContexts(lengths, heads=2, head_dim=16, block_tokens=4, dtype=dtype)
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_a_context_of_thousands(backend: AttentionBackend) -> None:
     contexts = PagedContexts([5000, 3], heads=1, head_dim=64, block_tokens=16, dtype=np.float32)
@@ -40,6 +43,7 @@ def test_a_context_of_thousands(backend: AttentionBackend) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_step_of_padding_alone_gives_zeros(backend: AttentionBackend, window: int | None) -> None:
@@ -49,6 +53,7 @@ def test_a_step_of_padding_alone_gives_zeros(backend: AttentionBackend, window: 
     assert (result == 0).all()
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_padding_gives_zeros_and_does_not_disturb_others(backend: AttentionBackend) -> None:
     contexts = small_contexts(11, 5)
@@ -68,6 +73,7 @@ def test_a_row_gets_the_same_bits_from_xla_whatever_else_is_in_the_batch() -> No
     np.testing.assert_array_equal(alone[0], among_others[0])
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_results_are_accumulated_in_float32_and_rounded_once(backend: AttentionBackend) -> None:
     contexts = small_contexts(600)
@@ -78,6 +84,7 @@ def test_results_are_accumulated_in_float32_and_rounded_once(backend: AttentionB
     assert relative_error(result, contexts.expected(query, runs, OPTIONS)) < 2**-8
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_scores_far_apart_do_not_overflow(backend: AttentionBackend) -> None:
     contexts = small_contexts(200, dtype=np.float32)
@@ -87,6 +94,7 @@ def test_scores_far_apart_do_not_overflow(backend: AttentionBackend) -> None:
     np.testing.assert_allclose(result, contexts.expected(query, runs, OPTIONS), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_a_sink_of_minus_infinity_is_none_and_a_huge_one_takes_everything(backend: AttentionBackend) -> None:
     contexts = small_contexts(70, dtype=np.float32)

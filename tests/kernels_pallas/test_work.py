@@ -10,6 +10,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,12 +98,14 @@ def check_slots(items: np.ndarray, cuts: np.ndarray, sizes: WorkSizes) -> None:
     assert len(uncut) + len(slots) == len(items)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(prompts(), st.sampled_from([None, 1, 40]))
 def test_prompt_chunks_are_covered_once(runs: Runs, window: int | None) -> None:
     check(runs, SIZES, QUERIES, window)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, MAX_CONTEXT), max_size=RUNS), st.sampled_from([None, 1, 40]))
 def test_decodes_are_covered_once(positions: list[int], window: int | None) -> None:

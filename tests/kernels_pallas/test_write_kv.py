@@ -27,6 +27,7 @@ def random_pool(layout: KVLayout, num_blocks: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 100, shape).astype(kind)
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "tokens"), [(FLOAT32, 16, 3), (BFLOAT16, 80, 40), (FLOAT16, 16, 3)], ids=str

@@ -15,6 +15,8 @@ from tests.serving.live import LiveServer, eventually, live_server
 from tests.support import small_config
 from tests.tiny_models import CASES, write_model
 
+pytestmark = pytest.mark.slow  # its engines
+
 LAYOUTS = ("1+1+1+1", "2+2", "4")
 
 

@@ -288,6 +288,7 @@ def job_of(**body: Any) -> Job:
     return Job(CompletionRequest, json.dumps(body).encode())
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_between_two_bodies_is_started_again(reader: Reader) -> None:
     process = ReadingProcess(reader)
     try:
@@ -327,6 +328,7 @@ class Broken(ByteTokenizer):
         return super().encode(text, add_special_tokens)
 
 
+@pytest.mark.slow
 def test_a_fault_that_is_not_the_bodys_is_logged_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     process = ReadingProcess(Reader(Broken(), max_model_len=512, vocab_size=VOCAB_SIZE))
     try:
@@ -355,6 +357,7 @@ def test_a_body_that_its_client_has_left_holds_nobody_up() -> None:
     lane.close()
 
 
+@pytest.mark.slow
 def test_no_file_beside_which_the_server_was_started_takes_the_place_of_a_module(
     reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +407,7 @@ def test_bodies_that_wait_when_the_server_ends_are_given_up(held: HeldProcess) -
     asyncio.run(work())
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_nothing_is_to_be_read(reader: Reader) -> None:
     process = ReadingProcess(reader)
     lane = LargeBodies(process, idle_seconds=0.01)

@@ -76,6 +76,7 @@ def bodies(path: str) -> list[dict[str, Any]]:
     return [*single, *mixed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", list(PATHS))
 def test_never_a_server_error(in_process: Callable[..., httpx.AsyncClient], path: str) -> None:
     async def check() -> None:

@@ -59,6 +59,7 @@ def abuse(server: LiveServer, folder: Path, *options: str) -> dict[str, Any]:
     return {phase["name"]: phase for phase in result["phases"]}
 
 
+@pytest.mark.slow
 def test_every_phase_runs_and_counts_what_it_was_answered(
     server: LiveServer, engine: ScriptedEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

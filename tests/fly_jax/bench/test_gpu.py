@@ -17,6 +17,7 @@ from fly_jax.errors import ConfigError
 PROGRAM = ("timeit", "-n", "1", "-r", "1")
 
 
+@pytest.mark.slow
 def test_a_phase_that_hangs_or_fails_takes_no_other_with_it(tmp_path: Path) -> None:
     todo = [
         Phase("hangs", 1.0, (*PROGRAM, "import time; time.sleep(3600)")),
@@ -69,6 +70,7 @@ def test_the_summary_of_all_phases_has_twenty_lines_at_most(tmp_path: Path) -> N
         assert sum(phase.lines for phase in todo if phase.instead_of is None) <= SUMMARY_LINES
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_toy_sizes_ends_well_on_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = main(["gpu", "--out", str(out), "--toy", "--seconds", "900"])
@@ -92,6 +94,7 @@ def test_a_dry_run_with_toy_sizes_ends_well_on_cpu(tmp_path: Path) -> None:
     assert len(written) <= len((out / "summary.txt").read_text().splitlines()) <= SUMMARY_LINES
 
 
+@pytest.mark.slow
 def test_no_web_package_is_imported() -> None:
     bench = ("gpu", "gpu_parts.engine", "gpu_parts.model", "gpu_parts.trace", "kernel_tuning", "latency")
     modules = ", ".join(("fly_jax.llm", "fly_jax.engine.loader", *(f"fly_jax.bench.{name}" for name in bench)))

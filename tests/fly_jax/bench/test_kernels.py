@@ -27,6 +27,7 @@ def test_bytes_and_flops_are_those_of_the_definition() -> None:
     assert prompt.flops == (3 + 4 + 5) * (4 // 2) * 2 * 4 * 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("context", "queries"), [(100, 1), (40, 40), (100, 21)])
 def test_the_work_that_is_timed_is_that_of_every_request(context: int, queries: int) -> None:
     """Its runs name each request's last positions, and its tables all blocks of the pool, each once."""
@@ -45,6 +46,7 @@ def test_the_work_that_is_timed_is_that_of_every_request(context: int, queries: 
     assert np.isfinite(np.asarray(result, np.float32)).all()
 
 
+@pytest.mark.slow
 def test_the_command_says_that_there_is_no_gpu_and_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -212,6 +212,7 @@ def test_every_picture_says_what_it_shows_and_where_that_was_measured() -> None:
             assert figure.get_supxlabel().replace("\n", " ") == provenance_line(PROVENANCE)
 
 
+@pytest.mark.slow
 def test_names_are_names_and_no_formulas(tmp_path: Path) -> None:
     sweep = sweep_result()
     sweep["workload"] = r"$\undefined{$ <script>"
@@ -230,6 +231,7 @@ def test_a_long_name_keeps_its_end() -> None:
     assert len(label) < 40
 
 
+@pytest.mark.slow
 def test_pictures_are_written_in_both_formats_and_the_svg_is_the_same_each_time(tmp_path: Path) -> None:
     result = sweep_result()
     once, again = (pictures.write(pictures.of_sweep(result), tmp_path / each, "sweep") for each in ("a", "b"))

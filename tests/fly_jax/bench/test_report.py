@@ -69,6 +69,7 @@ def report(folder: Path, paths: list[str], *more: str) -> str:
     return output.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_names_every_file_and_has_its_pictures_and_provenance(tmp_path: Path) -> None:
     other = {"what": "steps of a model", "date": "2026-01-02", "versions": {"jax": "0.10.2"}, "note": {"deep": 7}}
     paths = write(
@@ -133,11 +134,13 @@ def test_files_with_parts_missing_or_wrong_are_still_shown(tmp_path: Path, value
     assert "odd.json" in report(tmp_path, write(tmp_path, odd=values))
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
     paths = write(tmp_path, sweep=sweep_result())
     assert report(tmp_path, paths) == report(tmp_path, paths)
 
 
+@pytest.mark.slow
 def test_files_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
     paths = []
     for folder in ("a", "b"):

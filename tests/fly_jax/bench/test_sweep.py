@@ -173,6 +173,7 @@ def names(folder: Path) -> list[str]:
     return [run["configuration"] for run in saved(folder)]
 
 
+@pytest.mark.slow
 def test_every_configuration_gets_the_same_requests_at_every_rate(
     server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_every_configuration_gets_the_same_requests_at_every_rate(
     assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".png", ".svg"}
 
 
+@pytest.mark.slow
 def test_four_times_the_rate_sends_four_times_as_early(
     server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_configuration_that_answers_nothing_shows_no_latencies(
     assert [run["p50_ttft_ms"] == 0 for run in saved(tmp_path)] == [True, False]  # as vLLM's files have it
 
 
+@pytest.mark.slow
 def test_the_admin_key_is_the_option_s_or_the_environment_s(
     server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

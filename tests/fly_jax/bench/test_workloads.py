@@ -51,6 +51,7 @@ def test_every_shipped_workload_is_tested_here_and_described() -> None:
         assert (workloads_folder() / f"{name}.toml").read_text().startswith("# ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE_UP)
 def test_shipped_workloads_that_are_made_up_can_be_planned(name: str) -> None:
     planned = _shipped(name, LARGE)
@@ -73,6 +74,7 @@ def test_all_made_up_workloads_but_the_papers_fit_the_bundled_model(name: str) -
     assert _shipped(name, LIMITS).clipped == 0
 
 
+@pytest.mark.slow
 def test_the_papers_workload_is_what_the_paper_says() -> None:
     requests = _shipped("burst", LARGE).requests
     assert len(requests) == 4000

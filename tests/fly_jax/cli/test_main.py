@@ -107,6 +107,7 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(folder: Path, capsy
     assert f"port {port}" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_converted_folder_generates_the_same_text(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_converted_folder_generates_the_same_text(
     assert texts[0].startswith("hello")
 
 
+@pytest.mark.slow
 def test_the_answer_goes_on_from_the_prompt_with_its_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The head can only give one of two words, whose tokens begin with a space, as in Llama 2."""
     tokenizer = llama_2()

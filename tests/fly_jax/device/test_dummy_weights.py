@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_it_is_one_model_in_every_layout_and_at_every_base_degree(folder: Path, kv_heads: int) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": kv_heads}))
@@ -49,6 +50,7 @@ def test_it_is_one_model_in_every_layout_and_at_every_base_degree(folder: Path, 
     assert narrow.std() > 1e-3, "every token is as likely as any other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_tp", [1, 2])
 def test_replicas_on_cpu_devices_are_one_copy(base_tp: int) -> None:
     spec = model_spec(ModelConfig.from_hf(CONFIG), 4, jnp.dtype("bfloat16"))
@@ -62,6 +64,7 @@ def test_replicas_on_cpu_devices_are_one_copy(base_tp: int) -> None:
     assert told[-1][0] == told[-1][1]
 
 
+@pytest.mark.slow
 def test_text_goes_in_and_comes_out_without_a_tokenizer(folder: Path) -> None:
     with small_llm(folder, load_format="dummy", layouts=("4",)) as llm:
         (output,) = llm.generate("Grüße", SamplingParams(max_tokens=9, ignore_eos=True))
@@ -82,6 +85,7 @@ def test_without_the_option_weights_are_needed(folder: Path) -> None:
         small_llm(folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_has_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--load-format", "dummy", "--layouts", "4", "--devices", "4", "--max-num-seqs", "4", "--quiet"]
     assert main(["generate", str(folder), *options, "--prompt", "a", "--max-tokens", "2"]) == 0

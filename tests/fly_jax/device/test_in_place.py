@@ -14,6 +14,7 @@ from tests.fly_jax.programs import check_head_copies_no_weight, check_in_place, 
 from tests.h200 import run_report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_steps_run_in_place_on_cpu(tp: int, kind: StepKind) -> None:
@@ -25,6 +26,7 @@ def test_steps_run_in_place_on_cpu(tp: int, kind: StepKind) -> None:
         assert report.temporary_bytes < smallest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [StepKind.HEAD, StepKind.SCORE])
 @pytest.mark.parametrize("tp", [1, 4])
 def test_heads_copy_no_weight_on_cpu(tp: int, kind: StepKind) -> None:

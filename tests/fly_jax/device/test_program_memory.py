@@ -31,6 +31,7 @@ def compile_for(plan: EnginePlan, keys: list[ExecutableKey]) -> dict[ExecutableK
     return compile_all(lowerer, keys, workers=workers, optimization_level=0, progress=lambda *_: None).programs
 
 
+@pytest.mark.slow
 def test_the_largest_programs_stand_for_all(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     keys = [key for group in plan.groups for key in plan.shapes.keys(group)]
@@ -91,6 +92,7 @@ def test_a_plan_is_made_again_with_memory_kept_free(tmp_path: Path) -> None:
         with_kept_free(plan, 1001)
 
 
+@pytest.mark.slow
 def test_the_loader_measures_the_largest_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLY_JAX_CACHE_DIR", "/proc/none")  # the setting is the whole process's
     plan = small_plan(tmp_path)

@@ -90,6 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_drawn_from_the_distribution_that_the_options_leave(case: str) -> None:
     count, logits = 2000, LOGITS[0]

@@ -12,6 +12,8 @@ from checkpoints.demo.text import RecallTask, recall_prompt, story_prompt
 from fly_jax import LLM, SamplingParams
 from tests.support import wait_until_running
 
+pytestmark = pytest.mark.slow  # its engines
+
 MODEL = Path(__file__).parents[3] / "checkpoints" / "demo" / "model"
 LAYOUTS = ("1+1+1+1", "2+2", "4", "2+1+1")
 MAX_BYTES = 12 * 10**6

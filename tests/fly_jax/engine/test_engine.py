@@ -16,6 +16,8 @@ from fly_jax.outputs import SwitchStrategy
 from tests.support import small_llm, wait_until_running
 from tests.tiny_models import CASES, random_token_ids, write_model
 
+pytestmark = pytest.mark.slow  # its engines
+
 LAYOUTS = ("1+1+1+1", "2+2", "4", "2+1+1", "1+1+2")
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=0)
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_k=40, top_p=0.95, seed=11, ignore_eos=True)

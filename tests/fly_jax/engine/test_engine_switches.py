@@ -24,6 +24,8 @@ from tests.fly_jax.slot_arithmetic import Upload
 from tests.support import score_on_group, small_config
 from tests.tiny_models import CASES, random_token_ids, write_model
 
+pytestmark = pytest.mark.slow  # its engines
+
 TOLERANCE = 2e-4  # float32, sums in another order at each degree
 LENGTHS = (3, 17, 40, 64, 90, 120, 150, 8)
 SCORED = random_token_ids(300, 256, seed=5)

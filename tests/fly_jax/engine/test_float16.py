@@ -18,6 +18,8 @@ from tests.checkpoints.models import load, make, tensors
 from tests.support import small_config, small_llm
 from tests.tiny_models import CASES, random_token_ids, write_model
 
+pytestmark = pytest.mark.slow  # its engines
+
 CASE = CASES["llama_mha"]
 PROMPT = random_token_ids(8, CASE["vocab_size"])
 FLOAT16 = [-6.140514, -4.386995, -6.500665, -4.549139, -6.370278, -6.890237, -11.191051]

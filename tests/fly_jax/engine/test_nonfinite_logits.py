@@ -23,6 +23,8 @@ from tests.fly_jax.traffic import Traffic, send
 from tests.support import small_llm
 from tests.tiny_models import CASES, random_token_ids, write_model
 
+pytestmark = pytest.mark.slow  # its engines
+
 # An id that no prompt below has and the clean model never generates for them.
 BROKEN_TOKEN = 256
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=0)

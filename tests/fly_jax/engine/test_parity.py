@@ -32,6 +32,7 @@ def nothing(phase: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", golden_cases())
 def test_log_probabilities_agree_with_transformers_at_every_degree(case: str, tmp_path: Path) -> None:
     write_model(tmp_path, CASES[case])
@@ -45,6 +46,7 @@ def test_log_probabilities_agree_with_transformers_at_every_degree(case: str, tm
             np.testing.assert_allclose(scores, prompt.logprobs, atol=TOLERANCE, rtol=0, err_msg=str(group))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WHOLE_ENGINE_CASES)
 def test_the_whole_engine_agrees_with_transformers_in_mixed_and_uniform_layouts(case: str, tmp_path: Path) -> None:
     golden = load_golden(case)

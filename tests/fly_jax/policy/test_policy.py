@@ -551,6 +551,7 @@ def situations(draw: st.DrawFn) -> tuple[Load, Machine]:
     return Load(10.0, current, groups, waiting, (), draw(rates), draw(rates), last_switch), machine
 
 
+@pytest.mark.slow
 @given(situations())
 @settings(max_examples=400, deadline=None)
 def test_every_decision_leads_to_a_layout_that_can_be_switched_to(situation: tuple[Load, Machine]) -> None:
@@ -568,6 +569,7 @@ def test_every_decision_leads_to_a_layout_that_can_be_switched_to(situation: tup
             assert machine.kv.capacity_tokens(max(near)) > request.tokens
 
 
+@pytest.mark.slow
 @given(situations())
 @settings(max_examples=400, deadline=None)
 def test_every_need_is_met_that_any_layout_could_meet(situation: tuple[Load, Machine]) -> None:

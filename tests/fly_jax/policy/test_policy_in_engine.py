@@ -64,6 +64,7 @@ def test_a_burst_goes_narrow_at_once_and_its_end_goes_wide_again() -> None:
     assert finished(simulation) == len(QUIET) + len(burst) + len(calm)
 
 
+@pytest.mark.slow
 def test_a_long_context_gets_a_wide_group_beside_narrow_ones_under_load() -> None:
     load = steady(rate=140.0, seconds=6.0)
     # One device holds 512 blocks of 16 tokens.
@@ -77,6 +78,7 @@ def test_a_long_context_gets_a_wide_group_beside_narrow_ones_under_load() -> Non
     assert finished(simulation) == len(load) + 1
 
 
+@pytest.mark.slow
 def test_a_request_that_outgrows_its_group_is_widened_live_and_nothing_is_recomputed() -> None:
     load = steady(rate=140.0, seconds=8.0, output=16)
     grower = Arrival(2.0, 7800, 1200)
@@ -89,6 +91,7 @@ def test_a_request_that_outgrows_its_group_is_widened_live_and_nothing_is_recomp
     assert widening.requests_moved >= 1
 
 
+@pytest.mark.slow
 def test_a_minimum_width_is_granted_under_load_within_a_few_passes() -> None:
     load = steady(rate=140.0, seconds=4.0)
     simulation = Simulation([*load, Arrival(2.0, 300, 20, width=2)])
@@ -122,6 +125,7 @@ def test_a_wide_request_waits_no_longer_than_patience_for_devices_that_drain(str
     assert finished(simulation) == len(load) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [20.0, 40.0, 60.0, 80.0, 100.0, 120.0])
 def test_a_load_that_hovers_anywhere_does_not_make_the_layout_flap(rate: float) -> None:
     simulation = Simulation(steady(rate=rate, seconds=12.0, seed=int(rate)))
@@ -147,6 +151,7 @@ def test_a_static_policy_never_switches() -> None:
     assert {each.layout for each in simulation.samples} == {"2+2"}
 
 
+@pytest.mark.slow
 def test_the_layout_of_eight_devices_is_always_one_that_fits_them() -> None:
     load = [*steady(rate=150.0, seconds=5.0), Arrival(2.0, 500, 30, priority=-1), Arrival(3.0, 500, 30, width=4)]
     simulation = Simulation(load, num_devices=8)
@@ -179,6 +184,7 @@ def steps_of(simulation: Simulation, name: str) -> tuple[int, int]:
     return samples[0], samples[-1] - samples[0]
 
 
+@pytest.mark.slow
 def test_an_urgent_request_in_a_saturated_engine_takes_as_few_steps_as_alone_on_all_devices() -> None:
     urgent = Arrival(3.0, 600, 60, priority=-1)
     idle = Simulation([urgent], policy="static", layout="4")

@@ -112,7 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
                 event(what)
 
 
-TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine = pytest.mark.slow(EngineMachine.TestCase)
 TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=30)
 
 

@@ -14,6 +14,8 @@ from fly_jax.errors import ContextLengthError, LayoutError
 from tests.support import small_llm, wait_until_running
 from tests.tiny_models import CASES, random_token_ids, write_model
 
+pytestmark = pytest.mark.slow  # its engines
+
 BLOCKS, BLOCK_SIZE = 8, 16
 ONE_DEVICE = BLOCKS * BLOCK_SIZE
 LONG = tuple(random_token_ids(2 * ONE_DEVICE - 60, 256, seed=1))

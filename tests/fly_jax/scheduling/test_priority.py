@@ -54,6 +54,7 @@ def engine(layout: str) -> Traffic:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_an_urgent_request_under_saturation_is_nearly_as_fast_as_alone_on_all_devices(seed: int) -> None:
     idle = engine("4")

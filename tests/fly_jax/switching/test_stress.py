@@ -135,11 +135,13 @@ class Storm:
                 self.traffic.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_nothing_leaks_deadlocks_or_goes_wrong_in_a_storm(seed: int) -> None:
     Storm(seed).run(operations=200)
 
 
+@pytest.mark.slow
 def test_a_storm_does_all_that_it_should() -> None:
     """Otherwise the storms above would show nothing."""
     seen: Counter[str] = Counter()

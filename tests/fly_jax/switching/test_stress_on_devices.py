@@ -246,6 +246,7 @@ def storm(oracle: Oracle, seed: int, operations: int) -> Counter[str]:
     return watched(lambda: each.run(operations), progress=lambda: each.done)
 
 
+@pytest.mark.slow
 def test_a_thousand_operations_of_every_kind_change_no_token(oracle: Oracle) -> None:
     """Two thousand in all: once with every head count."""
     seen = storm(oracle, seed=1, operations=1000)

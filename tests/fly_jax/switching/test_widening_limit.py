@@ -42,6 +42,7 @@ def seconds_to_start(simulation: Simulation, arrivals: list[Arrival]) -> list[fl
     return [first[f"r{index}"] - each.at for index, each in enumerate(arrivals) if each.width is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "strategy"), [(80.0, SwitchStrategy.SEQUENTIAL), *((100.0, s) for s in SwitchStrategy)]
 )
@@ -62,6 +63,7 @@ def wide_only_while_needed(load: Load, machine: Machine) -> Decision:
     return Decision(target, DecisionKind.WIDEN if wanted > 1 else DecisionKind.NARROW, f"{wanted} wanted")
 
 
+@pytest.mark.slow
 def test_a_policy_that_knows_nothing_of_the_limit_keeps_it() -> None:
     arrivals = flooded(20.0)
     simulation = Simulation(arrivals)

@@ -120,6 +120,7 @@ def test_text_that_did_not_become_a_stop_string_is_not_lost(processor: OutputPro
     assert deltas[-1].stop_reason is None
 
 
+@pytest.mark.slow
 @given(text=st.text(min_size=1, max_size=20))
 def test_multi_byte_characters_are_never_split(tokenizer: Tokenizer, text: str) -> None:
     tokens = byte_tokens(text)
