@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from fly_jax.config import EngineConfig
 from fly_jax.engine.engine import Engine
-from fly_jax.engine.loader import LoadedModel, ReportProgress, load_model
+from fly_jax.engine.loader import ReportProgress, load_model
 from fly_jax.engine.request_rules import check_allowed
 from fly_jax.engine.thread import EngineThread
 from fly_jax.engine.watchdog import Watchdog
@@ -25,45 +25,44 @@ class AsyncEngine:
     """Streams requests through an engine that runs on its own thread.
 
     Args:
-        model: what :func:`fly_jax.engine.loader.load_model` returned.
+        engine: which belongs to this one's thread from now on.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.plan = model.plan
+    def __init__(self, engine: Engine) -> None:
+        self.config, self.served = engine.config, engine.served
         # Once: each look at the file system gives up the interpreter's lock, and every request asks for the name.
-        self.model_name = model.plan.config.model.resolve().name
-        engine = Engine(model)
-        watchdog = Watchdog(self.plan.config.engine_timeout, engine.slowest_step)
+        self.model_name = self.config.model.resolve().name
+        watchdog = Watchdog(self.config.engine_timeout, engine.slowest_step)
         self._thread = EngineThread(engine, watchdog)
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: ReportProgress | None = None) -> AsyncEngine:
         """Loads the model, which blocks until every program is compiled."""
-        return cls(load_model(config, progress))
+        return cls(load_model(config, progress).engine())
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.plan.tokenizer
+        return self.served.tokenizer
 
     @property
     def max_model_len(self) -> int:
-        return self.plan.max_model_len
+        return self.served.max_model_len
 
     @property
     def vocab_size(self) -> int:
-        return self.plan.model_config.vocab_size
+        return self.served.vocab_size
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
-        return self.plan.sampling_defaults
+        return self.served.sampling_defaults
 
     @property
     def max_num_queued_reqs(self) -> int:
-        return self.plan.config.max_num_queued_reqs
+        return self.config.max_num_queued_reqs
 
     @property
     def max_queued_per_client(self) -> int:
-        return self.plan.config.queued_per_client
+        return self.config.queued_per_client
 
     @property
     def is_alive(self) -> bool:
@@ -118,7 +117,7 @@ class AsyncEngine:
             InvalidRequestError, ContextLengthError, QueueFullError, ClientQueueFullError: before anything is yielded.
             EngineDeadError: the engine has stopped.
         """
-        check_allowed(params, self.plan.config)  # here, so that refusing a flood of them costs the engine nothing
+        check_allowed(params, self.config)  # here, so that refusing a flood of them costs the engine nothing
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[RequestDelta | EngineDeadError] = asyncio.Queue()

@@ -56,8 +56,7 @@ class LLM:
         **options: Any,
     ) -> None:
         configure_devices(devices or DEFAULT_DEVICES)
-        from fly_jax.engine.engine import Engine  # jax starts here, after its devices are configured
-        from fly_jax.engine.loader import load_model
+        from fly_jax.engine.loader import load_model  # jax starts here, after its devices are configured
         from fly_jax.engine.thread import EngineThread
 
         config = EngineConfig(model=Path(model), devices=devices, layout=layout, **options)
@@ -65,7 +64,7 @@ class LLM:
             loaded = load_model(config, bar.report)
         self._progress = progress
         self._plan = loaded.plan
-        self._thread = EngineThread(Engine(loaded))
+        self._thread = EngineThread(loaded.engine())
         self.tokenizer = loaded.plan.tokenizer
 
     def generate(

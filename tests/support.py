@@ -14,6 +14,7 @@ from fly_jax.device.runner import ModelRunner
 from fly_jax.kv.blocks import KVCacheManager
 from fly_jax.layout import DeviceGroup
 from fly_jax.scheduling.request import Request
+from fly_jax.scheduling.results import read_results
 from fly_jax.scheduling.step import ScheduledRow, StepPlan
 
 # One bucket of each kind: as few compiles as an engine can have.
@@ -41,7 +42,8 @@ def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[
     for start in range(0, len(token_ids) - 1, chunk):
         count = min(chunk, len(token_ids) - 1 - start)
         row = ScheduledRow(request, start, count, samples=False, scores=True, slot=0)
-        (result,) = runner.harvest(runner.launch(StepPlan(group, (), (row,))))
+        plan = StepPlan(group, (), (row,))
+        (result,) = read_results(plan, runner.execute(runner.pack(plan)).results())
         assert result.scores is not None
         scores.extend(result.scores.logprobs)
     return np.asarray(scores, np.float32)

@@ -247,13 +247,12 @@ class _Bench:
         self._names = itertools.count()
 
     def __enter__(self) -> _Bench:
-        from fly_jax.engine.engine import Engine
         from fly_jax.engine.loader import load_model
         from fly_jax.engine.thread import EngineThread
 
         with LoadProgress(enabled=True) as bar:
             self._model = load_model(self._config, bar.report)
-        self._thread: EngineThread = EngineThread(Engine(self._model))
+        self._thread: EngineThread = EngineThread(self._model.engine())
         self._addresses = self._weight_addresses()
         return self
 
@@ -275,7 +274,7 @@ class _Bench:
         """One launch of a relayout program by the degree of the wider group, as measured at warm-up."""
         from fly_jax.engine.step_times import step_times_of
 
-        seconds = step_times_of(self._model.runner.executables.step_seconds).relayout
+        seconds = step_times_of(self._model.runner.info.step_seconds).relayout
         return {degree: 1e3 * each for degree, each in seconds.items()}
 
     def measure(self, case: Case) -> Outcome:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import jax
@@ -14,17 +13,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fly_jax.device import programs as steps
-from fly_jax.device.buckets import Buckets
 from fly_jax.device.device_arrays import BY_RANK
 from fly_jax.device.meshes import DeviceMeshes
+from fly_jax.device.packing import StepShapes
 from fly_jax.device.relayout import exchange_layout, relayout
-from fly_jax.device.step_upload import BackboneShape, chunk_blocks, sampling_layout, scoring_layout, table_width
+from fly_jax.device.step_upload import chunk_blocks, sampling_layout, scoring_layout
 from fly_jax.errors import CompileError
-from fly_jax.kv.blocks import KVCacheSpec
-from fly_jax.kv.slabs import CHUNK_SLABS, HeadSplits, relayout_splits
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.sharding import ModelSpec, ModuleSpec
-from fly_jax.scheduling.step import SchedulerLimits
+from fly_jax.scheduling.launch import ExecutableKey, StepKind
 from kernels_pallas import KVLayout, attention_backend, storage_dtype
 
 # jax's own name of the event, through its public monitoring interface.
@@ -34,97 +31,20 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _REPLICATED = PartitionSpec()
 
 
-class StepKind(StrEnum):
-    DECODE = "decode"
-    MIXED = "mixed"
-    HEAD = "head"
-    SCORE = "score"
-    RELAYOUT = "relayout"
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutableKey:
-    """What a program is compiled for: the group, the kind of step and the bucket (rows or token places).
-
-    Attributes:
-        splits: the degrees between which a relayout moves KV; its bucket is slabs between two devices.
-    """
-
-    group: DeviceGroup
-    kind: StepKind
-    bucket: int
-    splits: HeadSplits | None = None
-
-    def __str__(self) -> str:
-        if self.splits is not None:
-            return f"{self.kind}[{self.splits}] on {self.group}"
-        return f"{self.kind}[{self.bucket}] on {self.group}"
-
-
 @dataclass(frozen=True)
-class ProgramShapes:
-    """The sizes that all programs of one engine agree on.
+class ProgramShapes(StepShapes):
+    """The sizes and kinds that all programs of one engine agree on.
 
     Attributes:
-        max_num_seqs: requests that a group of the base degree runs at once; wider groups run proportionally more.
         attention_backend: one of ``kernels_pallas.BACKENDS``.
-        slots: columns of a device's token table; one more than there are for requests, the last for pad rows.
     """
 
     model: ModelSpec
-    kv: KVCacheSpec
     dtype: jnp.dtype
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_devices: int
-    base_tp: int
     attention_backend: str
-
-    @property
-    def slots(self) -> int:
-        return self._limits.slots(self.num_devices, self.base_tp) + 1
-
-    def buckets(self, tp: int) -> Buckets:
-        limits = self._limits
-        return Buckets.of(limits.max_running(tp, self.base_tp), limits.tile_budget(tp, self.base_tp))
-
-    @property
-    def _limits(self) -> SchedulerLimits:
-        return SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens)
-
-    def sample_rows(self, tp: int) -> int:
-        return self.buckets(tp).rows[-1]
 
     def kv_layout(self, tp: int) -> KVLayout:
         return KVLayout(self.kv.block_shape(tp), chunk_blocks(self.kv, tp), self.dtype)
-
-    def backbone(self, key: ExecutableKey) -> BackboneShape:
-        mixed = key.kind is StepKind.MIXED
-        sample_rows = self.sample_rows(key.group.tp)
-        rows = sample_rows if mixed else key.bucket
-        width = table_width(self.kv, self.max_model_len, key.group.tp)
-        return BackboneShape(key.bucket, rows, width, sample_rows, mixed)
-
-    def keys(self, group: DeviceGroup) -> Iterator[ExecutableKey]:
-        """Every step program of one group."""
-        buckets = self.buckets(group.tp)
-        for kind, sizes in (
-            (StepKind.DECODE, buckets.rows),
-            (StepKind.MIXED, buckets.tokens),
-            (StepKind.HEAD, buckets.rows),
-            (StepKind.SCORE, buckets.tokens),
-        ):
-            for size in sizes:
-                yield ExecutableKey(group, kind, size)
-
-    def relayout_keys(self, groups: Collection[DeviceGroup]) -> Iterator[ExecutableKey]:
-        """Every relayout between two of these groups."""
-        for group in groups:
-            for splits in relayout_splits(group, self.base_tp):
-                narrower = min(splits.source_tp, splits.target_tp)
-                if any(other.tp == narrower and other.overlaps(group) for other in groups):
-                    yield ExecutableKey(group, StepKind.RELAYOUT, CHUNK_SLABS, splits)
 
 
 class ProgramLowerer:

@@ -10,15 +10,16 @@ from collections.abc import Collection, Iterable
 
 import jax
 
-from fly_jax.device.executables import ExecutableKey, ProgramShapes
+from fly_jax.device.packing import StepShapes
 from fly_jax.layout import DeviceGroup
+from fly_jax.scheduling.launch import ExecutableKey
 
 # One step runs while the next is launched, so results of two are there at once. Temporaries are not counted twice: the
 # allocator gives them back in the order of the device's stream.
 STEPS_IN_FLIGHT = 2
 
 
-def largest_keys(shapes: ProgramShapes, groups: Collection[DeviceGroup]) -> list[ExecutableKey]:
+def largest_keys(shapes: StepShapes, groups: Collection[DeviceGroup]) -> list[ExecutableKey]:
     """The largest program of each kind for the first group of each size, and one relayout for each pair of degrees."""
     one_a_size = {group.tp: group for group in reversed(tuple(groups))}
     largest = [key for _, group in sorted(one_a_size.items()) for key in _largest_of_each_kind(shapes, group)]
@@ -27,7 +28,7 @@ def largest_keys(shapes: ProgramShapes, groups: Collection[DeviceGroup]) -> list
     return largest + list(relayouts.values())
 
 
-def _largest_of_each_kind(shapes: ProgramShapes, group: DeviceGroup) -> Iterable[ExecutableKey]:
+def _largest_of_each_kind(shapes: StepShapes, group: DeviceGroup) -> Iterable[ExecutableKey]:
     keys = sorted(shapes.keys(group), key=lambda key: key.bucket)
     return {key.kind: key for key in keys}.values()
 

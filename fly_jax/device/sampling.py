@@ -11,7 +11,6 @@ from jax import Array, lax
 from fly_jax.device.step_upload import NO_TOKEN
 from fly_jax.sampling_params import MAX_LOGPROBS
 
-RESULT_COLUMNS = 2 + 2 * MAX_LOGPROBS
 _GREEDY_BELOW = 1e-5
 
 
@@ -81,7 +80,8 @@ def log_probabilities(logits: Array) -> Array:
 
 
 def results(logits: Array, tokens: Array, top_logprobs: Array) -> Array:
-    """Tokens, their log-probabilities and the most likely alternatives as int32 bits, ``[rows, RESULT_COLUMNS]``.
+    """Tokens, their log-probabilities and the most likely alternatives as int32 bits, ``[rows, RESULT_COLUMNS]``;
+    see :class:`fly_jax.scheduling.results.StepResults`.
 
     One array, so that one copy to the host carries everything; alternatives are zeros unless some row wants them.
     Log-probabilities are the model's own: before temperature, truncation and masked tokens.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jax import Array
 
 from fly_jax.kv.blocks import KVCacheSpec
 from fly_jax.scheduling.request import MAX_MASKED_TOKENS
-from fly_jax.scheduling.step import ScheduledRow, StepPlan, round_up_to_tile
+from fly_jax.scheduling.step import ScheduledRow, StepPlan
+
+if TYPE_CHECKING:
+    from jax import Array
 
 # Context positions that one iteration of the attention loop covers; block tables are padded to whole iterations.
 CHUNK_TOKENS = 128
@@ -111,7 +114,7 @@ def pack_backbone(plan: StepPlan, shape: BackboneShape) -> np.ndarray:
     sample_places = np.zeros(shape.sample_rows, np.int32)
     tables = np.zeros((ranks, shape.rows, shape.table_blocks), np.int32)
     sampled = 0
-    for index, (row, place) in enumerate(zip(plan.rows, places(plan), strict=True)):
+    for index, (row, place) in enumerate(zip(plan.rows, plan.places, strict=True)):
         request, span = row.request, slice(place, place + row.count)
         steps = np.arange(row.start, row.start + row.count)
         tokens[span] = [request.token_at(position) for position in range(row.start, row.start + row.count)]
@@ -130,21 +133,6 @@ def pack_backbone(plan: StepPlan, shape: BackboneShape) -> np.ndarray:
         "tables": tables,
     }  # fmt: skip
     return shape.layout.pack(ranks, arrays)
-
-
-def places(plan: StepPlan) -> list[int]:
-    """First token place of each of the plan's rows."""
-    starts = list(range(len(plan.decodes)))
-    place = round_up_to_tile(len(plan.decodes))
-    for row in plan.prefills:
-        starts.append(place)
-        place += round_up_to_tile(row.count)
-    return starts
-
-
-def sampled_rows(plan: StepPlan) -> tuple[ScheduledRow, ...]:
-    """Rows that sample a token, in the order of the head's rows."""
-    return tuple(row for row in plan.rows if row.samples)
 
 
 def sampling_layout(rows: int) -> PackedLayout:
@@ -184,7 +172,7 @@ def scoring_layout(tokens: int) -> PackedLayout:
 def pack_scoring(plan: StepPlan, tokens: int) -> np.ndarray:
     """``int32 [1, size]``: at each scored place the token that follows it in the prompt, elsewhere 0."""
     targets, alternatives = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
-    for row, place in zip(plan.rows, places(plan), strict=True):
+    for row, place in zip(plan.rows, plan.places, strict=True):
         if row.scores:
             follow = row.request.prompt_ids[row.start + 1 : row.start + row.count + 1]
             targets[place : place + len(follow)] = follow

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import operator
 import random
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from fly_jax.device.runner import InFlightStep, RowResult
-from fly_jax.engine.loader import LoadedModel
-from fly_jax.engine.request_rules import check_allowed
-from fly_jax.engine.step_times import step_times_of
+from fly_jax.config import EngineConfig
+from fly_jax.engine.in_flight import LaunchedStep, StepsInFlight
+from fly_jax.engine.request_rules import check_allowed, checked_tokens
+from fly_jax.engine.served import ServedModel
+from fly_jax.engine.statistics import Statistics
 from fly_jax.errors import InvalidRequestError
 from fly_jax.kv.blocks import KVCacheManager
 from fly_jax.layout import DeviceGroup, Layout
@@ -23,28 +21,14 @@ from fly_jax.policy.names import STATIC
 from fly_jax.policy.observation import Machine
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduling.request import Request, RequestState, end_tokens
+from fly_jax.scheduling.results import RowResult
+from fly_jax.scheduling.runner import Runner
 from fly_jax.scheduling.scheduler import Scheduler
-from fly_jax.scheduling.step import StepPlan
 from fly_jax.switching.control import LayoutControl
 from fly_jax.switching.switch import Switch
 from fly_jax.text.output_processor import OutputProcessor
 
 logger = logging.getLogger(__name__)
-
-# Steps of one group that may be launched and not yet harvested: one runs while the next is prepared.
-STEPS_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step in flight, and the number of its launch."""
-
-    step: InFlightStep
-    number: int
-
-    @property
-    def group(self) -> DeviceGroup:
-        return self.step.plan.group
 
 
 class Engine:
@@ -54,46 +38,41 @@ class Engine:
     launches have one total order and collectives of overlapping groups can never wait for each other in a circle.
     """
 
-    def __init__(self, model: LoadedModel, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        served: ServedModel,
+        machine: Machine,
+        layout: Layout,
+        runner: Runner,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """
         Args:
+            layout: the first layout, of groups of the machine.
             clock: seconds; a simulation gives its own.
         """
-        self.model = model
-        self.runner = model.runner
-        plan, config = model.plan, model.plan.config
-        self.kv = KVCacheManager(plan.shapes.kv, len(plan.devices), plan.base_tp)
+        self.config, self.served, self.runner = config, served, runner
+        self.kv = KVCacheManager(machine.kv, machine.num_devices, machine.base_tp)
         self.scheduler = Scheduler(
-            plan.layout,
-            plan.limits,
+            layout,
+            machine.limits,
             self.kv,
-            max_model_len=plan.max_model_len,
+            max_model_len=served.max_model_len,
             max_queued=config.max_num_queued_reqs,
             max_queued_per_client=config.queued_per_client,
-            compiled=plan.groups,
+            compiled=machine.groups,
             elastic=config.policy != STATIC,
         )
-        machine = Machine(
-            num_devices=len(plan.devices),
-            base_tp=plan.base_tp,
-            groups=frozenset(plan.groups),
-            kv=plan.shapes.kv,
-            limits=plan.limits,
-            step_times=step_times_of(self.runner.executables.step_seconds),
-        )
         self.control = LayoutControl(
-            self.scheduler, self.runner, machine, policy=config.policy, strategy=config.switch_strategy, clock=clock
+            self.scheduler, runner, machine, policy=config.policy, strategy=config.switch_strategy, clock=clock
         )
-        self.outputs = OutputProcessor(plan.tokenizer, plan.eos_token_ids)
+        self.outputs = OutputProcessor(served.tokenizer, served.eos_token_ids)
+        self.in_flight = StepsInFlight(runner, overlap=config.overlap, number=self.control.log.launched)
+        self.statistics = Statistics(self.scheduler, self.control, runner)
+        self._counters = self.statistics.counts
         self._clock = clock
-        self._depth = STEPS_IN_FLIGHT if config.overlap else 1
-        self._in_flight: deque[_Launched] = deque()  # in order of launch
         self._seeds = random.Random(config.seed)
-        self._finished: Counter[str] = Counter()
-        self._counters: Counter[str] = Counter()
-        self._compiles_at_start = model.compiles.count
-        # They never change, and counting hundreds of buffers takes longer than all the other statistics.
-        self._weight_bytes, self._kv_bytes = self.runner.weights.resident_bytes, self.runner.pool.nbytes
 
     # -- the step loop ----------------------------------------------------------------------------------------
 
@@ -106,11 +85,11 @@ class Engine:
         self.control.plan()
         self.scheduler.route()
         launched = self._launch_steps()
-        if self.control.advance(launched, {each.group for each in self._in_flight}):
+        if self.control.advance(launched, self.in_flight.groups):
             self.scheduler.route()
             launched += self._launch_steps()
         deltas: list[RequestDelta] = []
-        for step in self._ready_steps(block=not launched):
+        for step in self.in_flight.take_ready(block=not launched):
             deltas += self._harvest(step)
         self.control.settle()
         return deltas
@@ -118,7 +97,7 @@ class Engine:
     @property
     def slowest_step(self) -> float:
         """Seconds that the slowest program took at warm-up."""
-        return max(self.runner.executables.step_seconds.values(), default=0.0)
+        return max(self.statistics.info.step_seconds.values(), default=0.0)
 
     @property
     def steps_finished(self) -> int:
@@ -127,65 +106,27 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self.in_flight)
 
     @property
     def stalled(self) -> bool:
         """No step is in flight: what work there is waits for a layout, or for a command."""
-        return not self._in_flight
+        return not self.in_flight
 
     def _launch_steps(self) -> list[DeviceGroup]:
-        plans = self._schedule()
+        full = self.in_flight.full_groups
+        groups = [group for group in self.scheduler.groups if group not in full]
+        plans = [plan for group in groups if (plan := self.scheduler.schedule(group))]
         self.control.prepare()
         for plan in plans:
-            self._dispatch(plan)
+            self.in_flight.launch(plan)
+        self._counters["steps"] += len(plans)
         return [plan.group for plan in plans]
 
-    def _schedule(self) -> list[StepPlan]:
-        plans = []
-        launched = Counter(each.group for each in self._in_flight)
-        for group in self.scheduler.groups:
-            if launched[group] < self._depth and (plan := self.scheduler.schedule(group)):
-                plans.append(plan)
-        return plans
-
-    def _dispatch(self, plan: StepPlan) -> None:
-        step = self.runner.launch(plan)
-        self._in_flight.append(_Launched(step, self.control.log.launched(plan.group)))
-        self._counters["steps"] += 1
-
-    def _ready_steps(self, block: bool) -> list[_Launched]:
-        """Takes the steps whose results can be read; waits until one can if ``block``.
-
-        A step is not read before an older one of the same request: after a switch its tokens come from steps of
-        several groups, which may share no device, and their order is the text's.
-        """
-        ready = self._readable()
-        if not ready and block and self._in_flight:
-            self.runner.wait_for_any([each.step for each in self._in_flight])
-            ready = self._readable() or [self._in_flight[0]]
-        for each in ready:
-            self._in_flight.remove(each)
-        return ready
-
-    def _readable(self) -> list[_Launched]:
-        ready: list[_Launched] = []
-        blocked: set[Request] = set()
-        for each in self._in_flight:
-            requests = [row.request for row in each.step.plan.rows]
-            if blocked.isdisjoint(requests) and (self._depth == 1 or each.step.ready):
-                ready.append(each)
-            else:
-                blocked.update(requests)
-        return ready
-
-    def _harvest(self, launched: _Launched) -> list[RequestDelta]:
-        deltas = []
+    def _harvest(self, launched: LaunchedStep) -> list[RequestDelta]:
         self._counters["steps_finished"] += 1
-        for result in self.runner.harvest(launched.step):
-            if delta := self._apply(result, launched.number):
-                deltas.append(delta)
-        return deltas
+        deltas = (self._apply(result, launched.number) for result in launched.read())
+        return [delta for delta in deltas if delta]
 
     def _apply(self, result: RowResult, launch: int) -> RequestDelta | None:
         """Adds a row's results to its request; a row of a request that ended meanwhile is dropped."""
@@ -254,10 +195,10 @@ class Engine:
             raise InvalidRequestError("the prompt is empty: give at least one token", param="prompt")
         if request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", param="request_id")
-        check_allowed(params, self.model.plan.config)
+        check_allowed(params, self.config)
         min_width = params.tensor_parallel_size or 1
         self.scheduler.check(len(prompt_ids), min_width, bounded=bounded, client=client)
-        prompt = self._checked_tokens(prompt_ids)
+        prompt = checked_tokens(prompt_ids, self.served.vocab_size)
         room = self.scheduler.max_model_len - len(prompt_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         request = Request(
@@ -270,24 +211,12 @@ class Engine:
             min_width=min_width,
             priority=params.priority,
             client=client,
-            end_tokens=end_tokens(params, self.outputs.eos_token_ids, self.model.plan.model_config.vocab_size),
+            end_tokens=end_tokens(params, self.served.eos_token_ids, self.served.vocab_size),
         )
         self.outputs.add(request)
         self.scheduler.add(request)
         self.control.arrived(request)
         self._counters["prompt_tokens"] += len(prompt_ids)
-
-    def _checked_tokens(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        vocabulary = self.model.plan.model_config.vocab_size
-        try:
-            tokens = tuple(operator.index(token) for token in prompt_ids)
-        except TypeError as error:
-            raise InvalidRequestError(f"token ids must be integers: {error}", param="prompt") from None
-        if bool in set(map(type, prompt_ids)):
-            raise InvalidRequestError("token ids must be integers: got a boolean", param="prompt")
-        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
-            raise InvalidRequestError(f"token id {wrong[0]} is outside the vocabulary of {vocabulary}", param="prompt")
-        return tokens
 
     def abort(self, request_id: str) -> RequestDelta | None:
         """Ends a request and frees its blocks at once; None if it is not known (any more)."""
@@ -312,7 +241,7 @@ class Engine:
         self.scheduler.finish(request, reason)
         self.outputs.discard(request)
         self.control.ended(request)
-        self._finished[str(reason)] += 1
+        self.statistics.finished[str(reason)] += 1
         assert request.state is RequestState.FINISHED
 
     # -- layout -----------------------------------------------------------------------------------------------
@@ -355,33 +284,4 @@ class Engine:
     # -- observation ------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        scheduler, model, control = self.scheduler, self.model, self.control
-        return EngineStats(
-            layout=str(scheduler.layout),
-            target_layout=None if control.switcher.target is None else str(control.switcher.target),
-            policy=control.policy,
-            strategy=str(control.strategy),
-            last_decision=control.last_decision,
-            decisions=dict(control.decisions),
-            running=scheduler.num_running,
-            paused=len(scheduler.paused),
-            waiting=len(scheduler.waiting),
-            kv_usage=self.kv.usage,
-            free_blocks=tuple(allocator.num_free for allocator in self.kv.allocators),
-            num_blocks=self.kv.spec.num_blocks,
-            steps=self._counters["steps"],
-            prompt_tokens=self._counters["prompt_tokens"],
-            generation_tokens=self._counters["generation_tokens"],
-            requests_finished=dict(self._finished),
-            corrupted_requests=self._counters["corrupted_requests"],
-            preemptions=scheduler.num_preemptions,
-            switches={str(strategy): count for strategy, count in control.log.count.items()},
-            switch_history=tuple(control.log.history),
-            switch_tokens_recomputed=control.log.tokens_recomputed,
-            switch_kv_bytes_moved=control.log.kv_bytes_moved,
-            executables=len(self.runner.executables),
-            compile_seconds=self.runner.executables.compile_seconds,
-            compiles_after_warmup=model.compiles.count - self._compiles_at_start,
-            weight_bytes=self._weight_bytes,
-            kv_bytes=self._kv_bytes,
-        )
+        return self.statistics.now()

@@ -15,13 +15,17 @@ from checkpoints import load_weights
 from fly_jax.config import EngineConfig
 from fly_jax.device.device_arrays import DeviceArrays
 from fly_jax.device.dummy_weights import draw_resident
-from fly_jax.device.executables import CompileCounter, ExecutableKey, ExecutableTable, ProgramLowerer, compile_all
+from fly_jax.device.executables import CompileCounter, ExecutableTable, ProgramLowerer, compile_all
 from fly_jax.device.meshes import DeviceMeshes
 from fly_jax.device.program_memory import largest_keys, working_bytes
 from fly_jax.device.runner import ModelRunner
 from fly_jax.device.weights import WeightsManager
+from fly_jax.engine.engine import Engine
 from fly_jax.engine.plan import EnginePlan, plan_engine, with_kept_free
+from fly_jax.engine.step_times import step_times_of
 from fly_jax.platform import cache_dir
+from fly_jax.policy.observation import Machine
+from fly_jax.scheduling.launch import ExecutableKey
 from kernels_pallas import storage_dtype
 
 # Told of a phase, what of it is done and how much there is.
@@ -32,15 +36,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything an :class:`~fly_jax.engine.engine.Engine` drives.
-
-    Attributes:
-        compiles: counts compiles of this process; none may follow the warm-up.
-    """
+    """A model that is ready to serve."""
 
     plan: EnginePlan
     runner: ModelRunner
-    compiles: CompileCounter
+
+    def engine(self) -> Engine:
+        """A new engine over the runner, which one engine at a time may drive."""
+        plan = self.plan
+        machine = Machine(
+            num_devices=len(plan.devices),
+            base_tp=plan.base_tp,
+            groups=frozenset(plan.groups),
+            kv=plan.shapes.kv,
+            limits=plan.shapes.limits,
+            step_times=step_times_of(self.runner.info.step_seconds),
+        )
+        return Engine(plan.config, plan.served, machine, plan.layout, self.runner)
 
 
 def load_model(config: EngineConfig, progress: ReportProgress | None = None) -> LoadedModel:
@@ -55,14 +67,13 @@ def load_model(config: EngineConfig, progress: ReportProgress | None = None) -> 
     """
     report = progress or _report_nothing
     plan = plan_engine(config)
-    compiles = CompileCounter()
     if plan.devices[0].platform != "cpu":  # a CPU's pools take a share of the host that leaves room for programs
         plan = with_kept_free(plan, measure_working_bytes(plan, report))
     keys = [key for group in plan.groups for key in plan.shapes.keys(group)]
     keys += plan.shapes.relayout_keys(plan.groups)
     runner = make_runner(plan, keys, report)
     runner.warm_up(lambda done, total: report("warming up", done, total))
-    return LoadedModel(plan, runner, compiles)
+    return LoadedModel(plan, runner)
 
 
 def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: ReportProgress) -> ModelRunner:
@@ -71,13 +82,14 @@ def make_runner(plan: EnginePlan, keys: Iterable[ExecutableKey], report: ReportP
     Raises:
         CheckpointError, CompileError: one line that says what to do.
     """
+    compile_counter = CompileCounter()
     meshes = DeviceMeshes(plan.devices, plan.base_tp)
     weights = _load_weights(plan, meshes, report)
     executables = _compile(plan, meshes, list(keys), "compiling", report)
     # After compiling: on a GPU, XLA tries variants of a program in the memory that the pools are about to fill.
     kv = plan.shapes.kv
     pool = DeviceArrays(meshes, (kv.num_blocks, kv.block_elements), storage_dtype(plan.shapes.dtype))
-    return ModelRunner(plan.shapes, meshes, weights, pool, executables)
+    return ModelRunner(plan.shapes, meshes, weights, pool, executables, compile_counter)
 
 
 def measure_working_bytes(plan: EnginePlan, report: ReportProgress) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from checkpoints import PreparedInfo, prepared_info, read_model
 from fly_jax.config import EngineConfig
 from fly_jax.device.executables import ProgramShapes
+from fly_jax.engine.served import ServedModel
 from fly_jax.errors import CheckpointError, ConfigError, ModelTooLargeError
 from fly_jax.kv.blocks import KVCacheSpec
 from fly_jax.layout import DeviceGroup, Layout, all_groups, max_tp_degree
@@ -52,12 +53,16 @@ class EnginePlan:
     base_tp: int
     layout: Layout
     groups: tuple[DeviceGroup, ...]
-    limits: SchedulerLimits
     shapes: ProgramShapes
 
     @property
     def max_model_len(self) -> int:
         return self.shapes.max_model_len
+
+    @property
+    def served(self) -> ServedModel:
+        vocab_size = self.model_config.vocab_size
+        return ServedModel(self.tokenizer, self.eos_token_ids, vocab_size, self.max_model_len, self.sampling_defaults)
 
 
 def plan_engine(config: EngineConfig) -> EnginePlan:
@@ -83,20 +88,18 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     layout, groups = _layouts(config, len(devices), base_tp)
     max_model_len = _max_model_len(config, model_config)
     kv_spec = _kv_spec(config, spec, max_model_len, memory, base_tp, devices)
-    limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
     shapes = ProgramShapes(
         model=spec,
         kv=kv_spec,
         dtype=spec.dtype,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        limits=SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens),
         num_devices=len(devices),
         base_tp=base_tp,
         attention_backend=_attention_backend(config, devices),
     )
     eos = eos_token_ids(config.generation_config, folder, tokenizer.eos_token_id)
-    return EnginePlan(config, model_config, tokenizer, eos, defaults, devices, base_tp, layout, groups, limits, shapes)
+    return EnginePlan(config, model_config, tokenizer, eos, defaults, devices, base_tp, layout, groups, shapes)
 
 
 def _tokenizer(config: EngineConfig, folder: Path, model: ModelConfig) -> Tokenizer:

@@ -1,6 +1,9 @@
-"""What an engine's configuration lets requests ask for: told by any thread, without asking the engine."""
+"""What requests may ask for: told by any thread, without asking the engine."""
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
 
 from fly_jax.config import EngineConfig
 from fly_jax.errors import InvalidRequestError
@@ -25,3 +28,20 @@ def check_allowed(params: SamplingParams, config: EngineConfig) -> None:
             "leave it out",
             param="tensor_parallel_size",
         )
+
+
+def checked_tokens(prompt_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """A prompt's tokens as integers of Python.
+
+    Raises:
+        InvalidRequestError: one is no integer, or outside the vocabulary.
+    """
+    try:
+        tokens = tuple(operator.index(token) for token in prompt_ids)
+    except TypeError as error:
+        raise InvalidRequestError(f"token ids must be integers: {error}", param="prompt") from None
+    if bool in set(map(type, prompt_ids)):
+        raise InvalidRequestError("token ids must be integers: got a boolean", param="prompt")
+    if wrong := [token for token in tokens if not 0 <= token < vocab_size]:
+        raise InvalidRequestError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}", param="prompt")
+    return tokens

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from fly_jax.device.executables import ExecutableKey, StepKind
 from fly_jax.policy.observation import StepTimes
+from fly_jax.scheduling.launch import ExecutableKey, StepKind
 
 
 def step_times_of(step_seconds: Mapping[ExecutableKey, float]) -> StepTimes:

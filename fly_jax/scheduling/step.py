@@ -69,8 +69,19 @@ class StepPlan:
         return (*self.decodes, *self.prefills)
 
     @property
-    def num_tokens(self) -> int:
-        return sum(row.count for row in self.rows)
+    def sampled(self) -> tuple[ScheduledRow, ...]:
+        """Rows that sample a token, in the order of the head's rows."""
+        return tuple(row for row in self.rows if row.samples)
+
+    @property
+    def places(self) -> list[int]:
+        """First token place of each row: decodes come first, then every chunk in whole tiles of its own."""
+        starts = list(range(len(self.decodes)))
+        place = round_up_to_tile(len(self.decodes))
+        for row in self.prefills:
+            starts.append(place)
+            place += round_up_to_tile(row.count)
+        return starts
 
     @property
     def num_tiled_tokens(self) -> int:

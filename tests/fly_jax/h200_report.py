@@ -18,13 +18,15 @@ from fly_jax.platform import configure_deviceless_cuda
 configure_deviceless_cuda()
 
 from fly_jax.config import EngineConfig  # noqa: E402  the platform is chosen above
-from fly_jax.device.executables import ProgramLowerer, ProgramShapes, StepKind, compile_all  # noqa: E402
+from fly_jax.device.executables import ProgramLowerer, ProgramShapes, compile_all  # noqa: E402
 from fly_jax.device.meshes import DeviceMeshes  # noqa: E402
 from fly_jax.device.program_memory import largest_keys, working_bytes  # noqa: E402
 from fly_jax.engine.plan import fitting_blocks, weight_bytes  # noqa: E402
 from fly_jax.inspection import ProgramReport  # noqa: E402
 from fly_jax.kv.slabs import HeadSplits  # noqa: E402
 from fly_jax.layout import all_groups  # noqa: E402
+from fly_jax.scheduling.launch import StepKind  # noqa: E402
+from fly_jax.scheduling.step import SchedulerLimits  # noqa: E402
 from tests.fly_jax.programs import check_in_place, check_relayout_in_place, shapes_of_8b  # noqa: E402
 from tests.h200 import H200, node_of_h200s  # noqa: E402
 
@@ -71,7 +73,7 @@ def check_memory(devices: Sequence[jax.Device]) -> dict[str, object]:
     memory = int(int(found[1]) * options.gpu_memory_utilization)
     shapes = replace(
         shapes_of_8b(NUM_LAYERS, max_tp=8, attention_backend="pallas"),
-        max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
+        limits=SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens),
     )  # fmt: skip
     weights, block_bytes = weight_bytes(shapes.model, shapes.base_tp), shapes.kv.block_bytes
     first = _with_blocks(shapes, fitting_blocks(None, block_bytes, memory, weights, kept_free=0))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from fly_jax.device.executables import ExecutableKey, ProgramLowerer, ProgramShapes, StepKind
+from fly_jax.device.executables import ProgramLowerer, ProgramShapes
 from fly_jax.device.meshes import DeviceMeshes
 from fly_jax.device.relayout import CHUNK_SLABS
 from fly_jax.inspection import ProgramReport
@@ -16,6 +16,8 @@ from fly_jax.kv.slabs import HeadSplits
 from fly_jax.layout import DeviceGroup
 from fly_jax.models.config import ModelConfig
 from fly_jax.models.sharding import ParameterSpec, model_spec
+from fly_jax.scheduling.launch import ExecutableKey, StepKind
+from fly_jax.scheduling.step import SchedulerLimits
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -29,7 +31,7 @@ def shapes_of_8b(num_layers: int, max_tp: int, attention_backend: str = "xla") -
     spec = model_spec(config, max_tp, jnp.dtype("bfloat16"))
     kv = KVCacheSpec(NUM_BLOCKS, 16, num_layers, spec.partition.kv_heads, config.head_dim, 2)
     return ProgramShapes(
-        spec, kv, jnp.dtype("bfloat16"), max_model_len=8192, max_num_seqs=8, max_num_batched_tokens=128,
+        model=spec, kv=kv, dtype=jnp.dtype("bfloat16"), max_model_len=8192, limits=SchedulerLimits(8, 128),
         num_devices=max_tp, base_tp=1, attention_backend=attention_backend,
     )  # fmt: skip
 

@@ -9,27 +9,33 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
-from fly_jax.device.executables import ExecutableKey
-from fly_jax.device.runner import RowResult
+from fly_jax.config import EngineConfig
+from fly_jax.device.packing import StepShapes, pack_step
+from fly_jax.device.step_upload import PackedLayout, sampling_layout, scoring_layout
 from fly_jax.engine.engine import Engine
+from fly_jax.engine.served import ServedModel
+from fly_jax.engine.step_times import step_times_of
 from fly_jax.kv.blocks import KVCacheSpec
 from fly_jax.kv.slabs import HeadSplits, PackedRelayout, SlabMove, SlabPlace, exchange_rounds
 from fly_jax.layout import DeviceGroup, Layout, all_groups
-from fly_jax.logprobs import TokenLogprob
 from fly_jax.outputs import SwitchStrategy
-from fly_jax.scheduling.request import Request
-from fly_jax.scheduling.step import ScheduledRow, SchedulerLimits, StepPlan
-from tests.fly_jax.builders import own_logprobs
+from fly_jax.policy.observation import Machine
+from fly_jax.sampling_params import SamplingDefaults
+from fly_jax.scheduling.launch import ExecutableKey, Launch, StepKind
+from fly_jax.scheduling.results import RESULT_COLUMNS, StepResults
+from fly_jax.scheduling.runner import RunnerInfo, StepInFlight
+from fly_jax.scheduling.step import SchedulerLimits, StepPlan
+from fly_jax.text.tokenizer import placeholder_tokenizer
 
 VOCABULARY = 64
 EOS = 0
+TOKENIZER = placeholder_tokenizer(256)
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -55,76 +61,123 @@ def expected_output(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool 
 
 @dataclass(eq=False)
 class SimulatedStep:
+    """A launch that has taken effect.
+
+    Attributes:
+        plan: that it was packed from.
+        ready: its results have reached the host.
+    """
+
+    runner: SimulatedRunner
     plan: StepPlan
-    results: list[RowResult]
+    found: StepResults
     ready: bool
+
+    def results(self) -> StepResults:
+        self.runner.unread.remove(self)
+        return self.found
 
 
 @dataclass(frozen=True)
-class Launch:
+class RelayoutLaunch:
     """One launch of a relayout."""
 
     moves: tuple[SlabMove, ...]
     token_devices: dict[int, int]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A request's row of a step, as its upload says.
+
+    Attributes:
+        places: token places, and their tokens.
+        tables: the blocks of each rank.
+    """
+
+    slot: int
+    start: int
+    places: np.ndarray
+    tokens: np.ndarray
+    tables: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+
 class SimulatedRunner:
-    """Stands in for :class:`fly_jax.device.runner.ModelRunner`.
+    """A :class:`fly_jax.scheduling.runner.Runner` without devices, which knows of requests what their uploads say.
 
     A device's pool is ``[blocks, heads * tokens, 4]``: one record ``(life, KV head, position, token)`` for each head
-    and token, in the order in which a block holds them at the degree that wrote it. A life is a request from one
-    start of its prompt to the next. Every device has its own table of latest tokens, as on devices.
+    and token, in the order in which a block holds them at the degree that wrote it. A life is what a slot is used for
+    from one start of a prompt to the next. Every device has its own table of latest tokens, as on devices.
 
     Args:
         instant: results reach the host at once; otherwise when a test says so or the engine waits for them.
 
     Attributes:
-        plans: every plan launched, oldest first.
+        plans: every plan packed, oldest first.
         chunk_slabs: few, so that most relayouts take several launches.
         relayouts: every relayout launched, oldest first.
         unread: launched steps that are not harvested.
+        on_pack: called with each plan and its launch.
     """
 
     chunk_slabs = 2
+    compiles = 0
 
-    def __init__(self, kv: KVCacheSpec, num_devices: int, base_tp: int, num_slots: int, *, instant: bool) -> None:
-        self.instant = instant
-        self.executables = SimulatedExecutables()
-        self.weights, self.pool = SimpleNamespace(resident_bytes=0), SimpleNamespace(nbytes=0)
+    def __init__(self, shapes: StepShapes, *, instant: bool = True, info: RunnerInfo | None = None) -> None:
+        self.shapes, self.kv, self.instant = shapes, shapes.kv, instant
+        self.info = info or RunnerInfo()
         self.plans: list[StepPlan] = []
         self.relayouts: list[PackedRelayout] = []
         self.unread: list[SimulatedStep] = []
-        self.kv, self._base_tp = kv, base_tp
-        self._pools = np.full((num_devices, kv.num_blocks, kv.kv_heads * kv.base_block_size, 4), -1)
-        self._tokens = np.full((num_devices, num_slots), -1)
-        self._lives: dict[Request, int] = {}
+        self.on_pack: Callable[[StepPlan, Launch], None] = lambda *_: None
+        self._base_tp = shapes.base_tp
+        kv = shapes.kv
+        self._pools = np.full((shapes.num_devices, kv.num_blocks, kv.kv_heads * kv.base_block_size, 4), -1)
+        self._tokens = np.full((shapes.num_devices, shapes.slots), -1)
+        self._lives = np.full(shapes.slots, -1)
         self._new_life = itertools.count()
+        self._packed: Launch | None = None
 
-    def launch(self, plan: StepPlan) -> SimulatedStep:
-        for row in plan.rows:
-            self._write(row)
-        contexts = [self._read(row) for row in plan.rows]
-        results = [_result(row, seen) for row, seen in zip(plan.rows, contexts, strict=True)]
-        for result in results:
-            if result.token is not None:
-                self._tokens[plan.group.device_indices, result.row.slot] = result.token.token_id
-        step = SimulatedStep(plan, results, ready=self.instant)
+    def pack(self, plan: StepPlan) -> Launch:
         self.plans.append(plan)
+        self._packed = pack_step(plan, self.shapes)
+        self.on_pack(plan, self._packed)
+        return self._packed
+
+    def execute(self, launch: Launch) -> StepInFlight:
+        assert launch is self._packed, "a step is executed as soon as it is packed"
+        step = SimulatedStep(self, self.plans[-1], self.compute(launch), ready=self.instant)
         self.unread.append(step)
         return step
 
-    def wait_for_any(self, steps: Collection[SimulatedStep]) -> None:
-        """Leaves the choice to the engine: it then waits for the oldest launch."""
+    def compute(self, launch: Launch) -> StepResults:
+        """Writes the step's KV, reads each row's context back, and answers with what the model makes of it."""
+        rows = list(self._rows(launch))
+        for row in rows:
+            self._write(launch.key.group, row)
+        contexts = [self._read(launch.key.group, row) for row in rows]
+        tokens = scores = None
+        for key, upload in launch.arrays.items():
+            if key.kind is StepKind.HEAD:
+                columns = sampling_layout(key.bucket).unpack(upload[0])
+                places = self._unpacked(launch)[0]["sample_places"]
+                tokens = self._sample(key.group, columns["slots"], places, rows, contexts)
+            elif key.kind is StepKind.SCORE:
+                scores = _scores(scoring_layout(key.bucket).unpack(upload[0])["targets"], rows, contexts)
+        return StepResults(tokens, scores)
 
-    def harvest(self, step: SimulatedStep) -> list[RowResult]:
-        self.unread.remove(step)
-        return step.results
+    def wait_for_any(self, steps: Collection[StepInFlight]) -> None:
+        """Leaves the choice to the engine: it then waits for the oldest launch."""
 
     def pack_relayout(
         self, group: DeviceGroup, splits: HeadSplits, moves: Sequence[SlabMove], token_devices: Mapping[int, int]
     ) -> PackedRelayout:
         rounds = list(exchange_rounds(moves, self.chunk_slabs)) or [[]]
-        uploads = tuple(Launch(tuple(each), dict(token_devices)) for each in rounds)
+        uploads = tuple(RelayoutLaunch(tuple(each), dict(token_devices)) for each in rounds)
         num_bytes = len(moves) * self.kv.slab_bytes(splits.source_tp, splits.target_tp)
         return PackedRelayout(group, splits, num_bytes, uploads)
 
@@ -160,30 +213,44 @@ class SimulatedRunner:
         first = self.kv.first_kv_head(tp, rank)
         return range(first, first + self.kv.local_kv_heads(tp))
 
-    def _write(self, row: ScheduledRow) -> None:
-        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.tp
+    def _unpacked(self, launch: Launch) -> list[dict[str, np.ndarray]]:
+        """The upload of each rank, by name."""
+        layout: PackedLayout = self.shapes.backbone(launch.key).layout
+        return [layout.unpack(each) for each in launch.arrays[launch.key]]
+
+    def _rows(self, launch: Launch) -> Iterator[_Row]:
+        ranks = self._unpacked(launch)
+        fields = ranks[0]
+        used = np.flatnonzero(fields["positions"] >= 0)
+        for index in range(fields["token_rows"][used].max(initial=-1) + 1):
+            places = used[fields["token_rows"][used] == index]
+            positions = fields["positions"][places]
+            assert (positions == np.arange(positions[0], positions[0] + len(places))).all()
+            tables = np.stack([rank["tables"][index] for rank in ranks])
+            slot = int(fields["row_slots"][index])
+            yield _Row(slot, int(positions[0]), places, fields["tokens"][places], tables)
+
+    def _write(self, group: DeviceGroup, row: _Row) -> None:
         if row.start == 0:
-            self._lives[request] = next(self._new_life)
-        for rank, device in enumerate(table.group.rank_order(self._base_tp)):
-            for position in range(row.start, row.start + row.count):
-                token = request.token_at(position)
+            self._lives[row.slot] = next(self._new_life)
+        for rank, device in enumerate(group.rank_order(self._base_tp)):
+            for position, token in enumerate(row.tokens.tolist(), start=row.start):
                 if token < 0:
                     token = self._tokens[device, row.slot]
-                block, offset = divmod(position, self.kv.block_tokens(tp))
-                records = self._block(tp, device, table.rows[rank][block])
-                for index, head in enumerate(self._heads(tp, rank)):
-                    records[index, offset] = (self._lives[request], head, position, token)
+                block, offset = divmod(position, self.kv.block_tokens(group.tp))
+                records = self._block(group.tp, device, row.tables[rank, block])
+                for index, head in enumerate(self._heads(group.tp, rank)):
+                    records[index, offset] = (self._lives[row.slot], head, position, token)
 
-    def _read(self, row: ScheduledRow) -> list[int]:
+    def _read(self, group: DeviceGroup, row: _Row) -> list[int]:
         """The row's context from the pools; every head on every rank must hold it."""
-        request, table, tp = row.request, row.request.held_table, row.request.held_table.group.tp
-        count, tokens = row.start + row.count, None
-        for rank, device in enumerate(table.group.rank_order(self._base_tp)):
-            blocks = [self._block(tp, device, block) for block in table.rows[rank]]
-            records = np.concatenate(blocks, axis=1)[:, :count]
+        tp, count, tokens = group.tp, row.start + row.count, None
+        for rank, device in enumerate(group.rank_order(self._base_tp)):
+            held = row.tables[rank, : -(-count // self.kv.block_tokens(tp))]
+            records = np.concatenate([self._block(tp, device, block) for block in held], axis=1)[:, :count]
             heads = np.array(self._heads(tp, rank))[:, None]
-            where = f"{request.request_id} reads on rank {rank} of {table.group} "
-            assert (records[:, :, 0] == self._lives[request]).all(), where + "KV that is not its own"
+            where = f"slot {row.slot} reads on rank {rank} of {group} "
+            assert (records[:, :, 0] == self._lives[row.slot]).all(), where + "KV that is not its own"
             assert (records[:, :, 1] == heads).all(), where + "another head's KV"
             assert (records[:, :, 2] == np.arange(count)).all(), where + "KV of other positions"
             tokens = records[0, :, 3] if tokens is None else tokens
@@ -191,37 +258,33 @@ class SimulatedRunner:
         assert tokens is not None
         return tokens.tolist()
 
-
-def _result(row: ScheduledRow, context: list[int]) -> RowResult:
-    prompt = row.request.prompt_ids
-    scores = None
-    if row.scores:
-        follow = prompt[row.start + 1 : row.start + row.count + 1]
-        scores = own_logprobs(follow, [prompt_score(prompt[: row.start + 2 + index]) for index in range(len(follow))])
-    token = TokenLogprob(next_token(context), -1.0) if row.samples else None
-    return RowResult(row, token, scores)
-
-
-class SimulatedExecutables:
-    """None at all, with the step times that they would have."""
-
-    compile_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.step_seconds: Mapping[ExecutableKey, float] = {}
-
-    def __len__(self) -> int:
-        return 0
+    def _sample(
+        self, group: DeviceGroup, slots: np.ndarray, places: np.ndarray, rows: list[_Row], contexts: list[list[int]]
+    ) -> np.ndarray:
+        """The results of a head, ``[rows, RESULT_COLUMNS]``; sampled tokens go into the table of every device."""
+        last = {int(row.places[-1]): index for index, row in enumerate(rows)}
+        sampled = [last[place] for place in places[: np.count_nonzero(slots < self.shapes.slots - 1)].tolist()]
+        results = sampled_results([next_token(contexts[index]) for index in sampled])
+        for result, index, slot in zip(results, sampled, slots.tolist(), strict=False):
+            assert slot == rows[index].slot
+            self._tokens[group.device_indices, slot] = result[0]
+        return results
 
 
-class _TextStream:
-    """Every token is one character."""
+def sampled_results(tokens: Sequence[int]) -> np.ndarray:
+    """Results of a head, each with a log-probability of -1."""
+    results = np.zeros((len(tokens), RESULT_COLUMNS), np.int32)
+    results[:, 0], results.view(np.float32)[:, 1] = tokens, -1.0
+    return results
 
-    def push(self, token_id: int) -> str:
-        return chr(ord("0") + token_id)
 
-    def flush(self) -> str:
-        return ""
+def _scores(targets: np.ndarray, rows: list[_Row], contexts: list[list[int]]) -> np.ndarray:
+    """Results of a score program, ``[token places, 2]``; each target has rank 1."""
+    scores = np.ones((len(targets), 2), np.int32)
+    for row, context in zip(rows, contexts, strict=True):
+        for place, end in enumerate(range(row.start + 1, row.start + row.count + 1), start=int(row.places[0])):
+            scores.view(np.float32)[place, 0] = prompt_score([*context[:end], int(targets[place])])
+    return scores
 
 
 def simulated_engine(
@@ -251,33 +314,29 @@ def simulated_engine(
     """The real engine, scheduler and block accounting over a simulated runner."""
     kv = KVCacheSpec(num_blocks, block_size, num_layers=1, kv_heads=kv_heads, head_dim=16, bytes_per_element=2)
     limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, patience)
-    runner = runner_type(kv, num_devices, base_tp, limits.slots(num_devices, base_tp), instant=instant)
-    runner.executables.step_seconds = step_seconds or {}
-    plan = SimpleNamespace(
-        config=SimpleNamespace(
-            max_num_queued_reqs=max_queued,
-            queued_per_client=queued_per_client,
-            allow_request_width=allow_request_width,
-            engine_timeout=0.0,
-            overlap=overlap,
-            seed=0,
-            policy=policy,
-            switch_strategy=strategy,
-            scheduling_policy=scheduling_policy,
-        ),
-        model_config=SimpleNamespace(vocab_size=VOCABULARY),
-        tokenizer=SimpleNamespace(
-            stream=lambda skip_special_tokens, prompt_ids: _TextStream(),  # noqa: ARG005
-            special_in=lambda texts: {},  # noqa: ARG005
-        ),
-        eos_token_ids=frozenset({EOS}),
-        devices=tuple(range(num_devices)),
-        base_tp=base_tp,
-        layout=Layout.parse(layout, num_devices, base_tp),
-        groups=all_groups(num_devices, base_tp),
-        limits=limits,
-        shapes=SimpleNamespace(kv=kv),
-        max_model_len=max_model_len,
+    runner = runner_type(
+        StepShapes(kv, limits, max_model_len, num_devices, base_tp),
+        instant=instant,
+        info=RunnerInfo(step_seconds=step_seconds or {}),
     )
-    model: Any = SimpleNamespace(plan=plan, runner=runner, compiles=SimpleNamespace(count=0))
-    return Engine(model, clock), runner
+    config = EngineConfig(
+        model=Path("simulated"),
+        max_num_queued_reqs=max_queued,
+        max_queued_per_client=queued_per_client,
+        allow_request_width=allow_request_width,
+        engine_timeout=0.0,
+        overlap=overlap,
+        policy=policy,
+        switch_strategy=strategy,
+        scheduling_policy=scheduling_policy,
+    )
+    machine = Machine(
+        num_devices=num_devices,
+        base_tp=base_tp,
+        groups=frozenset(all_groups(num_devices, base_tp)),
+        kv=kv,
+        limits=limits,
+        step_times=step_times_of(runner.info.step_seconds),
+    )
+    served = ServedModel(TOKENIZER, frozenset({EOS}), VOCABULARY, max_model_len, SamplingDefaults())
+    return Engine(config, served, machine, Layout.parse(layout, num_devices, base_tp), runner, clock), runner

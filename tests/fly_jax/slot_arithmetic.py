@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fly_jax.device.step_upload import BackboneShape
+from fly_jax.device.packing import StepShapes
+from fly_jax.scheduling.launch import Launch
 from fly_jax.scheduling.step import StepPlan
 
 
@@ -19,14 +20,13 @@ class Upload:
     base_tp: int
 
     @classmethod
-    def of(cls, plan: StepPlan, packed: np.ndarray, shape: BackboneShape, base_tp: int) -> Upload:
-        """Args: ``packed`` is ``int32 [ranks, shape.layout.size]``."""
-        fields, offset = {}, 0
-        for name, sizes in shape.layout.fields:
+    def of(cls, plan: StepPlan, launch: Launch, shapes: StepShapes) -> Upload:
+        packed, fields, offset = launch.arrays[launch.key], {}, 0
+        for name, sizes in shapes.backbone(launch.key).layout.fields:
             size = int(np.prod(sizes))
             fields[name] = packed[:, offset : offset + size].reshape(len(packed), *sizes)
             offset += size
-        return cls(plan, fields, base_tp)
+        return cls(plan, fields, shapes.base_tp)
 
     def wrong_slots(self, block_tokens: int) -> list[str]:
         """What is wrong with the KV slots of this step if its program has blocks of this many tokens.

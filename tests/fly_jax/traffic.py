@@ -171,9 +171,7 @@ class Traffic:
         self._saw("steps with blocks taken ahead", reserved_tables(self.engine))
         self._check_waiting()
         self._check_paused()
-        in_flight = Counter(
-            id(result.row.request) for step in self.runner.unread for result in step.results if result.row.samples
-        )
+        in_flight = Counter(id(row.request) for step in self.runner.unread for row in step.plan.sampled)
         for request in self.live:
             assert request.num_pending == in_flight[id(request)]
         for plan in self.runner.plans[self._plans_checked :]:

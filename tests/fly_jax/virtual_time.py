@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fly_jax.device.buckets import Buckets
-from fly_jax.device.executables import ExecutableKey, StepKind
-from fly_jax.device.runner import RowResult
 from fly_jax.kv.slabs import PackedRelayout, relayout_splits
 from fly_jax.layout import DeviceGroup, all_groups
-from fly_jax.logprobs import TokenLogprob
 from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.scheduling.launch import ExecutableKey, Launch, StepKind, Work
+from fly_jax.scheduling.results import StepResults
+from fly_jax.scheduling.runner import StepInFlight
 from fly_jax.scheduling.step import StepPlan
-from tests.fly_jax.simulated_runner import SimulatedRunner, SimulatedStep, simulated_engine
+from tests.fly_jax.simulated_runner import SimulatedRunner, sampled_results, simulated_engine
 
 HOST_SECONDS = 2e-4
 MAX_NUM_SEQS = 32
@@ -69,21 +69,21 @@ class VirtualClock:
         self.now = max(self.now, time)
 
 
-@dataclass(eq=False)
-class TimedStep(SimulatedStep):
+@dataclass(eq=False, frozen=True)
+class TimedStep:
     """A step whose results are there at a certain time."""
 
-    done_at: float = 0.0
-    clock: VirtualClock | None = None
+    clock: VirtualClock
+    done_at: float
+    samples: int
 
     @property
     def ready(self) -> bool:
-        assert self.clock is not None
         return self.clock.now >= self.done_at
 
-    @ready.setter
-    def ready(self, value: bool) -> None:
-        """Time alone decides."""
+    def results(self) -> StepResults:
+        self.clock.advance_to(self.done_at)
+        return StepResults(sampled_results([1] * self.samples))
 
 
 class TimedRunner(SimulatedRunner):
@@ -100,17 +100,19 @@ class TimedRunner(SimulatedRunner):
         self.clock, self.times = clock, times
         self._busy_until = [0.0] * num_devices
 
-    def launch(self, plan: StepPlan) -> SimulatedStep:
-        results = [RowResult(row, TokenLogprob(1, -1.0) if row.samples else None) for row in plan.rows]
-        seconds = self.times.step(plan.group.tp, plan.num_tokens)
-        step = TimedStep(plan, results, False, self._occupy(plan.group, seconds), self.clock)
-        self.unread.append(step)
-        return step
+    def pack(self, plan: StepPlan) -> Launch:
+        launch = Launch(self.shapes.key_of(plan), {}, Work.of(plan))
+        self.on_pack(plan, launch)
+        return launch
+
+    def execute(self, launch: Launch) -> StepInFlight:
+        seconds = self.times.step(launch.key.group.tp, launch.work.tokens)
+        return TimedStep(self.clock, self._occupy(launch.key.group, seconds), launch.work.samples)
 
     def relayout(self, packed: PackedRelayout) -> None:
         self._occupy(packed.group, len(packed.uploads) * self.times.relayout)
 
-    def wait_for_any(self, steps: Collection[SimulatedStep]) -> None:
+    def wait_for_any(self, steps: Collection[StepInFlight]) -> None:
         self.clock.advance_to(min(step.done_at for step in steps if isinstance(step, TimedStep)))
 
     def _occupy(self, group: DeviceGroup, seconds: float) -> float:
@@ -171,15 +173,15 @@ class Simulation:
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
             "max_model_len": 4096,
         }
-        self.engine, runner = simulated_engine(
+        self.engine, self.runner = simulated_engine(
             num_devices=num_devices,
             clock=self.clock,
             runner_type=TimedRunner,
             step_seconds=times.table(num_devices, options.get("base_tp", 1)),
             **{**defaults, **options},
         )
-        assert isinstance(runner, TimedRunner)
-        runner.start(self.clock, times, num_devices)
+        assert isinstance(self.runner, TimedRunner)
+        self.runner.start(self.clock, times, num_devices)
         self._names = itertools.count()
         self._arrivals = [(arrival.at, index, arrival) for index, arrival in enumerate(arrivals)]
         heapq.heapify(self._arrivals)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import httpx
 import pytest
 
 from fly_jax import AsyncEngine
-from fly_jax.device.runner import RowResult
-from fly_jax.sampling_params import SamplingDefaults
+from fly_jax.scheduling.launch import Launch
+from fly_jax.scheduling.results import StepResults
 from serving import ServerOptions
-from tests.fly_jax.simulated_runner import SimulatedRunner, SimulatedStep, simulated_engine
+from tests.fly_jax.simulated_runner import SimulatedRunner, simulated_engine
 from tests.serving.live import eventually, live_server
 from tests.serving.scripted_engine import ScriptedEngine
 from tests.serving.test_disconnect import post_raw
@@ -62,9 +61,9 @@ def test_with_several_keys_a_client_is_its_key_and_with_one_its_address(in_proce
 class Endless(SimulatedRunner):
     """What it computes never reaches the host: a request that has started runs until its client leaves."""
 
-    def harvest(self, step: SimulatedStep) -> list[RowResult]:
-        super().harvest(step)
-        return []
+    def compute(self, launch: Launch) -> StepResults:
+        super().compute(launch)
+        return StepResults()
 
 
 @pytest.fixture
@@ -73,9 +72,7 @@ def engine() -> Iterator[AsyncEngine]:
     simulated, _ = simulated_engine(
         layout="4", num_blocks=1, max_queued=8, queued_per_client=2, patience=10**9, runner_type=Endless
     )
-    plan = simulated.model.plan
-    plan.sampling_defaults, plan.config.model = SamplingDefaults(), Path("simulated")  # type: ignore[misc]
-    engine = AsyncEngine(simulated.model)
+    engine = AsyncEngine(simulated)
     yield engine
     engine.close()
 

@@ -95,10 +95,9 @@ def _generate(loaded: LoadedModel, records: Records) -> Generated:
         RuntimeError: the pool moved while prompts and decodes ran.
     """
     from fly_jax.bench.gpu_parts.stepping import add, step
-    from fly_jax.engine.engine import Engine
     from fly_jax.sampling_params import SamplingParams
 
-    engine, pool = Engine(loaded), loaded.runner.pool
+    engine, pool = loaded.engine(), loaded.runner.pool
     (group,) = engine.scheduler.groups
     before = pool.take(group).addressable_shards[0].data.unsafe_buffer_pointer()
     params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0)

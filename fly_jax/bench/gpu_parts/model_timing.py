@@ -92,7 +92,7 @@ def _measure_decodes(loaded: LoadedModel, timer: WaitTimer, batch: int, least: f
 
 def _decoding(loaded: LoadedModel, batch: int, steps: int) -> Engine:
     """An engine in which every prompt of a batch is done, with at least so many steps of decodes to come."""
-    engine = Engine(loaded)
+    engine = loaded.engine()
     prompts = PromptSource(0, loaded.plan.model_config.vocab_size, SHORT_PROMPT)
     # Requests whose prompts come first decode while others' prompts are computed.
     most = steps + 8 + batch * SHORT_PROMPT // 64
@@ -119,7 +119,7 @@ def _measure_prompt(loaded: LoadedModel, tokens: int, records: Records) -> None:
     prompts = PromptSource(1, loaded.plan.model_config.vocab_size, tokens)
     seconds = 0.0
     for _ in range(2):
-        engine, prompt = Engine(loaded), prompts.take(1)
+        engine, prompt = loaded.engine(), prompts.take(1)
         started = time.perf_counter()
         add(engine, prompt, SamplingParams(max_tokens=1, ignore_eos=True))
         drain(engine)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fly_jax.bench.prompts import Prompt
 from fly_jax.config import EngineConfig
-from fly_jax.device.runner import InFlightStep, ModelRunner, RowResult
+from fly_jax.device.runner import ModelRunner
 from fly_jax.engine.engine import Engine
 from fly_jax.engine.loader import LoadedModel, load_model
 from fly_jax.errors import FlyJaxError
 from fly_jax.outputs import RequestDelta
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.scheduling.launch import Launch
+from fly_jax.scheduling.results import StepResults
+from fly_jax.scheduling.runner import StepInFlight
 
 
 def load_on_one_device(model: Path, **options: Any) -> LoadedModel:
@@ -64,12 +68,26 @@ class WaitTimer(ModelRunner):
     """
 
     def __init__(self, runner: ModelRunner) -> None:
-        super().__init__(runner.shapes, runner.meshes, runner.weights, runner.pool, runner.executables)
+        parts = (runner.shapes, runner.meshes, runner.weights, runner.pool, runner.executables, runner.compile_counter)
+        super().__init__(*parts)
         self.waited, self.steps = 0.0, 0
 
-    def harvest(self, step: InFlightStep) -> list[RowResult]:
+    def execute(self, launch: Launch) -> StepInFlight:
+        return _TimedStep(super().execute(launch), self)
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedStep:
+    step: StepInFlight
+    timer: WaitTimer
+
+    @property
+    def ready(self) -> bool:
+        return self.step.ready
+
+    def results(self) -> StepResults:
         started = time.perf_counter()
-        step.marker.block_until_ready()
-        self.waited += time.perf_counter() - started
-        self.steps += 1
-        return super().harvest(step)
+        results = self.step.results()
+        self.timer.waited += time.perf_counter() - started
+        self.timer.steps += 1
+        return results

@@ -12,7 +12,6 @@ import pytest
 
 import kernels_pallas
 from fly_jax import config
-from fly_jax.engine.engine import Engine
 from fly_jax.engine.loader import load_model
 from fly_jax.engine.plan import plan_engine
 from fly_jax.errors import ConfigError
@@ -28,7 +27,7 @@ PARAMS = SamplingParams(max_tokens=18, temperature=0.0, ignore_eos=True, logprob
 def log_probabilities(folder: Path, attention_backend: str, layouts: Sequence[str]) -> dict[str, np.ndarray]:
     """Of every prompt and generated token, where the layout changes every few steps."""
     options = {"devices": 2, "num_blocks": 64, "max_num_batched_tokens": 64, "layout": layouts[0]}
-    engine = Engine(load_model(small_config(folder, attention_backend=attention_backend, **options)))
+    engine = load_model(small_config(folder, attention_backend=attention_backend, **options)).engine()
     for name, prompt in PROMPTS.items():
         engine.add_request(name, prompt, PARAMS)
     found: dict[str, list[float]] = defaultdict(list)

@@ -7,9 +7,9 @@ from itertools import permutations
 import jax
 import pytest
 
-from fly_jax.device.executables import StepKind
 from fly_jax.device.relayout import CHUNK_SLABS
 from fly_jax.kv.slabs import HeadSplits
+from fly_jax.scheduling.launch import StepKind
 from tests.fly_jax.programs import check_head_copies_no_weight, check_in_place, check_relayout_in_place, shapes_of_8b
 from tests.h200 import run_report
 

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import pytest
 
-from fly_jax.device.executables import ExecutableKey, ProgramLowerer, StepKind, compile_all
+from fly_jax.device.executables import ProgramLowerer, compile_all
 from fly_jax.device.meshes import DeviceMeshes
 from fly_jax.device.program_memory import largest_keys, working_bytes
 from fly_jax.engine import loader
 from fly_jax.engine.plan import EnginePlan, fitting_blocks, plan_engine, weight_bytes, with_kept_free
 from fly_jax.errors import ModelTooLargeError
 from fly_jax.layout import DeviceGroup
+from fly_jax.scheduling.launch import ExecutableKey, StepKind
 from tests.support import small_config
 from tests.tiny_models import CASES, write_model
 

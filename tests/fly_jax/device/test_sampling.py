@@ -13,6 +13,7 @@ from fly_jax.device import sampling
 from fly_jax.device.sampling import SamplingRows, results
 from fly_jax.device.step_upload import pack_sampling, sampling_layout
 from fly_jax.sampling_params import MAX_LOGPROBS
+from fly_jax.scheduling.results import RESULT_COLUMNS
 from fly_jax.scheduling.step import ScheduledRow
 from tests.fly_jax.builders import make_request
 
@@ -294,5 +295,5 @@ class TestResults:
     def test_a_vocabulary_smaller_than_the_alternatives_is_padded(self) -> None:
         logits = jnp.zeros((2, MAX_LOGPROBS - 5))
         bits = np.asarray(compiled_results()(logits, jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.int32)))
-        assert bits.shape == (2, sampling.RESULT_COLUMNS)
+        assert bits.shape == (2, RESULT_COLUMNS)
         assert not bits[:, 2 + MAX_LOGPROBS - 5 : 2 + MAX_LOGPROBS].any()

@@ -14,8 +14,6 @@ from fly_jax.device.step_upload import (
     pack_backbone,
     pack_sampling,
     pack_scoring,
-    places,
-    sampled_rows,
     sampling_layout,
     scoring_layout,
     table_width,
@@ -82,7 +80,7 @@ def test_packed_arrays_come_out_as_they_went_in(
 
 def test_decodes_take_the_first_places_and_each_prompt_chunk_whole_tiles() -> None:
     plan = mixed_plan()
-    assert places(plan) == [0, 1, TILE_TOKENS, 2 * TILE_TOKENS]
+    assert plan.places == [0, 1, TILE_TOKENS, 2 * TILE_TOKENS]
     assert plan.num_tiled_tokens == 4 * TILE_TOKENS
     arrays = unpack(plan, SHAPE, rank=0)
     assert arrays["num_decodes"] == [2]
@@ -119,7 +117,7 @@ def test_each_rank_gets_the_block_table_of_its_own_device(rank: int) -> None:
 
 def test_sampled_rows_point_at_their_last_place_in_the_order_of_the_head() -> None:
     plan = mixed_plan()
-    assert [row.request.request_id for row in sampled_rows(plan)] == ["known", "unknown", "short"]
+    assert [row.request.request_id for row in plan.sampled] == ["known", "unknown", "short"]
     assert unpack(plan, SHAPE, rank=0)["sample_places"].tolist() == [0, 1, 18, 0, 0]
 
 

@@ -7,18 +7,15 @@ texts were the same, but the text's likelihood was wrong. So the slots of every 
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import pytest
 
-from fly_jax.device.step_upload import BackboneShape, pack_backbone, table_width
+from fly_jax.device.packing import pack_step
 from fly_jax.outputs import SwitchStrategy
+from fly_jax.scheduling.launch import Launch
 from fly_jax.scheduling.step import StepPlan
-from tests.fly_jax.simulated_runner import SimulatedStep
 from tests.fly_jax.slot_arithmetic import Upload
 from tests.fly_jax.traffic import Traffic, send, switched
-
-TOKENS, ROWS = 128, 32
 
 
 class Recorder:
@@ -31,13 +28,7 @@ class Recorder:
         )
         self.wrong: dict[int, dict[int, int]] = {}
         self.checked = 0
-        launch = self.traffic.runner.launch
-
-        def checked_launch(plan: StepPlan) -> SimulatedStep:
-            self._check(plan)
-            return launch(plan)
-
-        self.traffic.runner.launch = checked_launch  # type: ignore[method-assign]
+        self.traffic.runner.on_pack = self._check
         for i in range(10):
             send(self.traffic, [1 + i] * (3 + 9 * i), max_tokens=60)
         for layout in layouts[1:]:
@@ -45,11 +36,9 @@ class Recorder:
             switched(self.traffic, layout, strategy)
         self.traffic.finish()
 
-    def _check(self, plan: StepPlan) -> None:
+    def _check(self, plan: StepPlan, launch: Launch) -> None:
         kv, tp = self.traffic.kv, plan.group.tp
-        mixed = bool(plan.prefills)
-        shape = BackboneShape(TOKENS if mixed else ROWS, ROWS, table_width(kv.spec, 256, tp), ROWS, mixed)
-        upload = Upload.of(plan, pack_backbone(plan, shape), shape, kv.base_tp)
+        upload = Upload.of(plan, launch, self.traffic.runner.shapes)
         assert sorted(upload.positions()) == sorted(
             position for row in plan.rows for position in range(row.start, row.start + row.count)
         )
@@ -82,9 +71,8 @@ def test_a_stale_size_on_one_rank_alone_would_be_seen() -> None:
     traffic = Traffic(layout="4")
     send(traffic, [1] * 40)
     traffic.step(2)
-    plan: Any = traffic.runner.plans[-1]
-    shape = BackboneShape(ROWS, ROWS, table_width(traffic.kv.spec, 256, 4), ROWS, mixed=False)
-    upload = Upload.of(plan, pack_backbone(plan, shape), shape, 1)
+    plan, shapes = traffic.runner.plans[-1], traffic.runner.shapes
+    upload = Upload.of(plan, pack_step(plan, shapes), shapes)
     assert upload.wrong_slots(16) == []
     blocks = plan.rows[0].request.held_table.num_blocks
     upload.fields["tables"][3, 0, blocks - 1] += 1

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
-from fly_jax.device.runner import InFlightStep, ModelRunner
-from fly_jax.engine.engine import Engine
+from fly_jax.device.runner import ModelRunner
 from fly_jax.engine.loader import LoadedModel, load_model
 from fly_jax.layout import all_groups
 from fly_jax.outputs import SwitchReport, SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
+from fly_jax.scheduling.launch import Launch
 from fly_jax.scheduling.step import StepPlan
 from tests.fly_jax.slot_arithmetic import Upload
+from tests.fly_jax.watched_runner import WatchedRunner
 from tests.support import score_on_group, small_config
 from tests.tiny_models import CASES, random_token_ids, write_model
 
@@ -44,7 +45,8 @@ class Server:
     """An engine over the shared programs, stepped by hand."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.engine = Engine(model)
+        self.runner = WatchedRunner(model.runner)
+        self.engine = replace(model, runner=self.runner).engine()
         self.outputs: dict[str, Output] = defaultdict(Output)
         self.reports: list[SwitchReport] = []
 
@@ -114,22 +116,18 @@ def server(model: LoadedModel) -> Server:
 
 
 @pytest.fixture
-def uploads(model: LoadedModel) -> Iterator[list[tuple[Upload, int]]]:
+def uploads(server: Server) -> list[tuple[Upload, int]]:
     """Each upload of the test, with the block size of the program that it went to."""
-    runner, seen = model.runner, []
-    launch = runner.launch
+    shapes, seen = server.runner.shapes, []
 
-    def watched(plan: StepPlan) -> InFlightStep:
-        key, packed = runner._pack(plan)
-        upload = Upload.of(plan, packed, runner.shapes.backbone(key), runner.meshes.base_tp)
-        size = runner.shapes.kv_layout(key.group.tp).block_tokens
+    def watch(plan: StepPlan, launch: Launch) -> None:
+        upload = Upload.of(plan, launch, shapes)
+        size = shapes.kv_layout(launch.key.group.tp).block_tokens
         assert upload.wrong_slots(size) == []
         seen.append((upload, size))
-        return launch(plan)
 
-    runner.launch = watched  # type: ignore[method-assign]
-    yield seen
-    del runner.launch
+    server.runner.on_pack = watch
+    return seen
 
 
 def assert_same(outputs: dict[str, Output], expected: dict[str, Output]) -> None:
@@ -158,7 +156,7 @@ def test_requests_in_flight_give_the_same_whatever_the_layout_does(
     layouts: Sequence[str],
     strategy: SwitchStrategy,
 ) -> None:
-    weights = server.engine.runner.weights
+    weights = server.runner.weights
     addresses = {group: weights.addresses(group) for group in all_groups(4, 1)}
     server.send_all()
     server.step(3)

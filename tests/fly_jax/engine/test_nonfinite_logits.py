@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from fly_jax import LLM, RequestOutput, SamplingParams
 from fly_jax.errors import RequestFailedError
-from fly_jax.logprobs import TokenLogprob
 from fly_jax.outputs import FinishReason, SwitchStrategy
-from fly_jax.scheduling.step import StepPlan
-from tests.fly_jax.simulated_runner import SimulatedRunner, SimulatedStep
+from fly_jax.scheduling.launch import Launch
+from fly_jax.scheduling.results import StepResults
+from tests.fly_jax.simulated_runner import SimulatedRunner
 from tests.fly_jax.traffic import Traffic, send
 from tests.support import small_llm
 from tests.tiny_models import CASES, random_token_ids, write_model
@@ -111,14 +109,13 @@ class FailingRunner(SimulatedRunner):
 
     fails: dict[str, int]
 
-    def launch(self, plan: StepPlan) -> SimulatedStep:
-        step = super().launch(plan)
-        for index, result in enumerate(step.results):
-            row = result.row
-            if result.token and row.start + row.count >= self.fails.get(row.request.request_id, 10**9):
-                failed = TokenLogprob(result.token.token_id, math.nan)
-                step.results[index] = dataclasses.replace(result, token=failed)
-        return step
+    def compute(self, launch: Launch) -> StepResults:
+        results = super().compute(launch)
+        for index, row in enumerate(self.plans[-1].sampled):
+            if row.start + row.count >= self.fails.get(row.request.request_id, 10**9):
+                assert results.tokens is not None
+                results.tokens.view(np.float32)[index, 1] = np.nan
+        return results
 
 
 @pytest.mark.parametrize("strategy", list(SwitchStrategy))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fly_jax import SamplingParams
-from fly_jax.device.executables import StepKind
 from fly_jax.engine.loader import make_runner
 from fly_jax.engine.plan import plan_engine
 from fly_jax.layout import DeviceGroup
+from fly_jax.scheduling.launch import StepKind
 from tests.golden import golden_cases, load_golden
 from tests.support import score_on_group, small_config, small_llm
 from tests.tiny_models import CASES, write_model

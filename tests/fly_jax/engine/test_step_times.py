@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from fly_jax.device.executables import ExecutableKey, StepKind
 from fly_jax.engine.step_times import step_times_of
 from fly_jax.kv.slabs import HeadSplits
 from fly_jax.layout import DeviceGroup
 from fly_jax.policy.observation import StepTimes
+from fly_jax.scheduling.launch import ExecutableKey, StepKind
 
 FIRST, SECOND, BOTH = DeviceGroup(0, 1), DeviceGroup(1, 1), DeviceGroup(0, 2)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fly_jax.device.runner import InFlightStep
 from fly_jax.errors import ConfigError
 from fly_jax.layout import Layout
 from fly_jax.outputs import FinishReason, SwitchStrategy
 from fly_jax.policy.adaptive import Decision, DecisionKind
 from fly_jax.policy.observation import Load, Machine
+from fly_jax.scheduling.launch import Launch
 from fly_jax.scheduling.step import StepPlan
 from tests.fly_jax.virtual_time import Arrival, Simulation
 
@@ -166,16 +166,14 @@ def steps_of(simulation: Simulation, name: str) -> tuple[int, int]:
 
     Those without a row of it count too: while it waits for its turn, for a switch or for its devices.
     """
-    launch, engine = simulation.engine.runner.launch, simulation.engine
     plans: list[StepPlan] = []
 
-    def watched(plan: StepPlan) -> InFlightStep:
-        request = engine.scheduler.requests.get(name)
+    def watch(plan: StepPlan, _: Launch) -> None:
+        request = simulation.engine.scheduler.requests.get(name)
         if request is not None and (request.table is None or request.table.group == plan.group):
             plans.append(plan)
-        return launch(plan)
 
-    engine.runner.launch = watched  # type: ignore[method-assign]
+    simulation.runner.on_pack = watch
     simulation.run()
     own = [
         (index, row) for index, plan in enumerate(plans, start=1) for row in plan.rows if row.request.request_id == name

@@ -5,6 +5,7 @@ import pytest
 from fly_jax.kv.blocks import KVCacheManager
 from fly_jax.layout import DeviceGroup
 from fly_jax.scheduling.group import GroupScheduler
+from fly_jax.scheduling.launch import Work
 from fly_jax.scheduling.request import Request, RequestState
 from fly_jax.scheduling.step import TILE_TOKENS, ScheduledRow, SchedulerLimits, SlotPool, StepPlan
 from tests.fly_jax.builders import make_kv, make_request, nothing_to_reclaim
@@ -80,7 +81,7 @@ def test_prompts_share_a_step_in_order_of_admission_within_the_tile_budget() -> 
     plan = group.run()
     assert spans(plan.prefills) == [("a", 0, 5, True), ("b", 0, 16, False)]
     assert plan.num_tiled_tokens == 2 * TILE_TOKENS
-    assert plan.num_tokens == 21
+    assert Work.of(plan).tokens == 21
     plan = group.run()
     assert spans(plan.decodes) == [("a", 5, 1, True)]
     assert spans(plan.prefills) == [("b", 16, 14, True)]

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
+from fly_jax.kv.slabs import PackedRelayout
 from fly_jax.outputs import SwitchReport, SwitchStrategy
+from fly_jax.scheduling.launch import Launch
 from fly_jax.scheduling.request import RequestState
+from fly_jax.scheduling.runner import StepInFlight
 from fly_jax.switching.log import HISTORY
 from fly_jax.switching.switch import Switch
+from tests.fly_jax.simulated_runner import SimulatedRunner
 from tests.fly_jax.traffic import HARD, MIGRATE, SEQUENTIAL, Traffic, run_until, send, switched
 from tests.fly_jax.virtual_time import VirtualClock
 
@@ -79,21 +83,25 @@ def test_a_switch_that_drains_nothing_has_no_drain(strategy: SwitchStrategy) -> 
     traffic.finish()
 
 
+class SlowRunner(SimulatedRunner):
+    """Launches and relayouts take time, as on a host."""
+
+    clock: VirtualClock
+
+    def execute(self, launch: Launch) -> StepInFlight:
+        self.clock.now += 0.010
+        return super().execute(launch)
+
+    def relayout(self, packed: PackedRelayout) -> None:
+        self.clock.now += 0.100
+        super().relayout(packed)
+
+
 def test_a_cutover_lasts_from_the_last_old_launch_to_the_first_new_one() -> None:
     """The clock also moves during a launch and a relayout, as on a host."""
-    traffic, clock = timed("1+1+1+1", instant=False)
-    runner = traffic.runner
-    launch, relayout = runner.launch, runner.relayout
-
-    def slow_launch(plan: Any) -> Any:
-        clock.now += 0.010
-        return launch(plan)
-
-    def slow_relayout(*arguments: Any) -> None:
-        clock.now += 0.100
-        relayout(*arguments)
-
-    runner.launch, runner.relayout = slow_launch, slow_relayout  # type: ignore[method-assign]
+    traffic, clock = timed("1+1+1+1", instant=False, runner_type=SlowRunner)
+    assert isinstance(traffic.runner, SlowRunner)
+    runner, traffic.runner.clock = traffic.runner, clock
     for i in range(4):
         send(traffic, [1 + i] * 3)
     traffic.step(2)

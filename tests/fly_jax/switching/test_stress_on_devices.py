@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fly_jax.engine.engine import Engine
 from fly_jax.engine.loader import LoadedModel, load_model
 from fly_jax.errors import FlyJaxError
 from fly_jax.outputs import FinishReason, RequestDelta, SwitchStrategy
@@ -88,7 +87,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     write_model(folder, case)
     options: dict[str, Any] = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "scheduling_policy": "priority"}
     model = load_model(small_config(folder, layout="4", **options))
-    engine, answers = Engine(model), {each: Answer() for each in TASKS}
+    engine, answers = model.engine(), {each: Answer() for each in TASKS}
     for index, each in enumerate(TASKS):
         engine.add_request(str(index), each.prompt, each.params)
     while engine.has_work:
@@ -108,7 +107,7 @@ class Storm:
 
     def __init__(self, oracle: Oracle, seed: int) -> None:
         self.random = random.Random(seed)
-        self.oracle, self.engine = oracle, Engine(oracle.model)
+        self.oracle, self.engine = oracle, oracle.model.engine()
         self.accepted: dict[str, tuple[Task, Request]] = {}
         self.answers: dict[str, Answer] = defaultdict(Answer)
         self.seen: Counter[str] = Counter()
