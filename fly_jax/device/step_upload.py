@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from fly_jax.scheduling.step import ScheduledRow, StepPlan
 
 if TYPE_CHECKING:
     from jax import Array
+
+AnyArray = TypeVar("AnyArray", "Array", np.ndarray)
 
 # Context positions that one iteration of the attention loop covers; block tables are padded to whole iterations.
 CHUNK_TOKENS = 128
@@ -45,8 +47,8 @@ class PackedLayout:
             offset += size
         return out
 
-    def unpack(self, row: Array) -> dict[str, Array]:
-        """The arrays again, from one rank's ``int32 [size]``, inside a program."""
+    def unpack(self, row: AnyArray) -> dict[str, AnyArray]:
+        """The arrays again, from one rank's ``int32 [size]``, inside a program or on the host."""
         arrays, offset = {}, 0
         for name, shape in self.fields:
             size = math.prod(shape)

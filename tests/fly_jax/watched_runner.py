@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from fly_jax.device.device_arrays import DeviceArrays
 from fly_jax.device.runner import ModelRunner
@@ -16,7 +17,8 @@ class WatchedRunner(ModelRunner):
     """Shares another runner's weights and programs, and its pool too unless it is ``fresh``.
 
     Attributes:
-        log: what was executed, in order.
+        plans: of the steps, in order.
+        log: what was launched, in order, with the step in flight that came of it.
         on_pack: called with each plan and its launch.
         send: what becomes of a launch on its way to be executed.
     """
@@ -27,19 +29,22 @@ class WatchedRunner(ModelRunner):
             pool = DeviceArrays(pool.meshes, pool.device_shape, pool.dtype)
         parts = (runner.shapes, runner.meshes, runner.weights, pool, runner.executables, runner.compile_counter)
         super().__init__(*parts)
-        self.log: list[Launch | PackedRelayout] = []
+        self.plans: list[StepPlan] = []
+        self.log: list[tuple[Launch, StepInFlight] | PackedRelayout] = []
         self.on_pack: Callable[[StepPlan, Launch], None] = lambda *_: None
-        self.send: Callable[[Launch], Launch] = lambda launch: launch
+        self.send: Callable[[Any], Any] = lambda launch: launch
 
     def pack(self, plan: StepPlan) -> Launch:
         launch = super().pack(plan)
+        self.plans.append(plan)
         self.on_pack(plan, launch)
         return launch
 
     def execute(self, launch: Launch) -> StepInFlight:
-        self.log.append(launch)
-        return super().execute(self.send(launch))
+        step = super().execute(self.send(launch))
+        self.log.append((launch, step))
+        return step
 
     def relayout(self, packed: PackedRelayout) -> None:
+        super().relayout(self.send(packed))
         self.log.append(packed)
-        super().relayout(packed)
