@@ -37,7 +37,7 @@ demo: $(BIN)/fly-jax
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not stress and not gpu and not h200 and not parity"
 
-# make test-fast    what is not marked slow, for the loop while working: under two minutes on two cores
+# make test-fast    what is not marked slow, for the loop while working
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow and not stress and not gpu and not h200 and not parity"
 
