@@ -149,20 +149,22 @@ def pack_sampling(rows: tuple[ScheduledRow, ...], bucket: int, pad_slot: int) ->
     columns["slots"][:] = pad_slot
     columns["masked_tokens"][:] = NO_TOKEN
     columns["top_p"][:] = np.ones(bucket, np.float32).view(np.int32)
-    for index, row in enumerate(rows):
-        request, params = row.request, row.request.params
-        columns["slots"][index] = row.slot
-        columns["top_k"][index] = max(0, params.top_k)
-        columns["seed_high"][index] = np.uint32(request.seed >> 32).view(np.int32)
-        columns["seed_low"][index] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
-        # The draw is numbered by the token's position among the outputs, so no batch or layout changes it.
-        draw = row.start + row.count - len(request.prompt_ids)
-        columns["draw"][index] = draw
-        masked = request.masked_tokens(draw)
-        columns["masked_tokens"][index, : len(masked)] = masked
-        columns["top_logprobs"][index] = params.logprobs or 0
-        for name in ("temperature", "top_p", "min_p"):
-            columns[name][index] = np.float32(getattr(params, name)).view(np.int32)
+    used, options = slice(len(rows)), [row.request.params for row in rows]
+    # The draw is numbered by the token's position among the outputs, so no batch or layout changes it.
+    draws = [row.start + row.count - len(row.request.prompt_ids) for row in rows]
+    seeds = np.array([row.request.seed for row in rows], np.uint64)
+    # Column by column: row by row, 16 rows took 3 times as long and 256 took 12 times.
+    columns["slots"][used] = [row.slot for row in rows]
+    columns["top_k"][used] = [max(0, each.top_k) for each in options]
+    columns["seed_high"][used] = (seeds >> 32).astype(np.uint32).view(np.int32)
+    columns["seed_low"][used] = seeds.astype(np.uint32).view(np.int32)
+    columns["draw"][used] = draws
+    columns["top_logprobs"][used] = [each.logprobs or 0 for each in options]
+    for name in ("temperature", "top_p", "min_p"):
+        columns[name][used] = np.array([getattr(each, name) for each in options], np.float32).view(np.int32)
+    for index, (row, draw) in enumerate(zip(rows, draws, strict=True)):
+        if masked := row.request.masked_tokens(draw):
+            columns["masked_tokens"][index, : len(masked)] = masked
     return sampling_layout(bucket).pack(1, columns)
 
 
