@@ -7,6 +7,7 @@ PORT ?= 8000
 MODEL ?= checkpoints/demo/model
 DEVICES ?= 4
 PYTEST_WORKERS ?= 2
+CI_MARKS := not stress and not gpu and not h200 and not parity
 NAME ?= $(if $(filter checkpoints/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
 
 BIN := $(VENV)/bin
@@ -35,11 +36,11 @@ demo: $(BIN)/fly-jax
 	$(BIN)/fly-jax demo $(if $(URL),--url $(URL))
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not stress and not gpu and not h200 and not parity"
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "$(CI_MARKS)"
 
 # make test-fast    what is not marked slow, for the loop while working
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow and not stress and not gpu and not h200 and not parity"
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow and $(CI_MARKS)"
 
 # make conformance    real clients against a server; each has an environment of its own in .cache/conformance
 conformance: $(BIN)/fly-jax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 
 from fly_jax import LLM, EngineConfig, SamplingParams
 from fly_jax.device.runner import ModelRunner
+from fly_jax.engine.engine import Engine
 from fly_jax.kv.blocks import KVCacheManager
 from fly_jax.layout import DeviceGroup
+from fly_jax.logprobs import TokenLogprob
+from fly_jax.outputs import SwitchStrategy
 from fly_jax.scheduling.request import Request
 from fly_jax.scheduling.results import read_results
 from fly_jax.scheduling.step import ScheduledRow, StepPlan
@@ -29,6 +33,25 @@ def small_config(folder: Path, **options: Any) -> EngineConfig:
 def small_llm(folder: Path, **options: Any) -> LLM:
     """An engine with few programs, in float32 on four devices."""
     return LLM(folder, **{"devices": 4, "dtype": "float32", "progress": False, **SMALL, **options})
+
+
+def migrated_through(engine: Engine, layouts: Sequence[str], *, every: int) -> dict[str, list[TokenLogprob]]:
+    """Serves what an engine has to do and switches the layout after so many steps.
+
+    Returns:
+        Every scored prompt token and every generated one, by request.
+    """
+    found: dict[str, list[TokenLogprob]] = defaultdict(list)
+    to_come, steps = list(layouts), 0
+    while engine.has_work:
+        steps += 1
+        if steps % every == 0 and to_come:
+            engine.begin_switch(to_come.pop(0), SwitchStrategy.MIGRATE)
+        for delta in engine.step():
+            assert delta.error is None
+            found[delta.request_id] += [*(delta.prompt_logprobs or ()), *delta.logprobs]
+    assert not to_come
+    return found
 
 
 def score_on_group(runner: ModelRunner, group: DeviceGroup, token_ids: Sequence[int]) -> np.ndarray:

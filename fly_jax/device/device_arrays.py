@@ -36,9 +36,9 @@ class DeviceArrays:
         return int(np.prod(self.device_shape)) * self.dtype.itemsize * len(self.meshes.devices)
 
     def shape(self, group: DeviceGroup) -> tuple[int, int]:
-        """Of the group's array: ``[ranks * rows, columns]``."""
+        """Of the group's array: ``[devices * rows, columns]``."""
         rows, columns = self.device_shape
-        return (group.tp * rows, columns)
+        return (group.num_devices * rows, columns)
 
     def take(self, group: DeviceGroup) -> Array:
         """The group's arrays as one; donated to a launch, :meth:`put_back` must follow with its result."""

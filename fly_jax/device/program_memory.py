@@ -13,10 +13,7 @@ import jax
 from fly_jax.device.packing import StepShapes
 from fly_jax.layout import DeviceGroup
 from fly_jax.scheduling.launch import ExecutableKey
-
-# One step runs while the next is launched, so results of two are there at once. Temporaries are not counted twice: the
-# allocator gives them back in the order of the device's stream.
-STEPS_IN_FLIGHT = 2
+from fly_jax.scheduling.runner import STEPS_IN_FLIGHT
 
 
 def largest_keys(shapes: StepShapes, groups: Collection[DeviceGroup]) -> list[ExecutableKey]:
@@ -41,4 +38,6 @@ def working_bytes(programs: Iterable[jax.stages.Compiled]) -> int:
         assert memory is not None, "this backend has no memory analysis"
         temporaries = max(temporaries, memory.temp_size_in_bytes)
         results = max(results, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    # Results of all steps in flight are there at once. Temporaries are not counted twice: the allocator gives them back
+    # in the order of the device's stream.
     return temporaries + STEPS_IN_FLIGHT * results

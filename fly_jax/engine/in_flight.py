@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from fly_jax.layout import DeviceGroup
 from fly_jax.scheduling.request import Request
 from fly_jax.scheduling.results import RowResult, read_results
-from fly_jax.scheduling.runner import Runner, StepInFlight
+from fly_jax.scheduling.runner import STEPS_IN_FLIGHT, Runner, StepInFlight
 from fly_jax.scheduling.step import StepPlan
-
-# Steps of one group that may be launched and not yet harvested: one runs while the next is prepared.
-STEPS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,8 +27,8 @@ class GroupScheduler:
         self.limits = limits
         self.kv = kv
         self.slots = slots
-        self.max_running = limits.max_running(group.num_devices, kv.base_tp)
-        self.tile_budget = limits.tile_budget(group.num_devices, kv.base_tp)
+        self.max_running = limits.max_running(group.tp, kv.base_tp)
+        self.tile_budget = limits.tile_budget(group.tp, kv.base_tp)
         self.running: list[Request] = []
 
     @property

@@ -11,6 +11,9 @@ from fly_jax.scheduling.launch import ExecutableKey, Launch
 from fly_jax.scheduling.results import StepResults
 from fly_jax.scheduling.step import StepPlan
 
+# Steps of one group that may be launched and not yet read: one runs while the next is prepared.
+STEPS_IN_FLIGHT = 2
+
 
 @dataclass(frozen=True, slots=True)
 class RunnerInfo:

@@ -85,7 +85,7 @@ def check_running(scheduler: Scheduler) -> None:
     assert set(scheduler.groups) == set(scheduler.layout.groups)
     for group, local in scheduler.groups.items():
         assert len(local.running) <= local.max_running
-        assert local.max_running <= scheduler.limits.max_num_seqs * group.num_devices // kv.base_tp
+        assert local.max_running <= scheduler.limits.max_num_seqs * group.tp // kv.base_tp
         assert_by_rank(local.running)
         for request in local.running:
             table = request.held_table
@@ -108,8 +108,8 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     limits = scheduler.limits
     assert plan.rows
     assert len({id(row.request) for row in plan.rows}) == len({row.slot for row in plan.rows}) == len(plan.rows)
-    assert len(plan.rows) <= limits.max_num_seqs * plan.group.num_devices // scheduler.kv.base_tp
-    assert plan.num_tiled_tokens <= limits.tile_budget(plan.group.num_devices, scheduler.kv.base_tp)
+    assert len(plan.rows) <= limits.max_num_seqs * plan.group.tp // scheduler.kv.base_tp
+    assert plan.num_tiled_tokens <= limits.tile_budget(plan.group.tp, scheduler.kv.base_tp)
     assert all(row.count == 1 for row in plan.decodes)
     assert all(row.count >= 1 for row in plan.prefills)
 

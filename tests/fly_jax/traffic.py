@@ -364,7 +364,7 @@ class Traffic:
             blocks = sum(spec.blocks_for(each.request.num_tokens, group.tp) for each in there)
             resumed = [name for name in before.paused if before.requests[name][-1][0] == group]
             others = len(before.running.get(group, ())) + len(resumed)
-            places = limits.max_running(group.num_devices, self.kv.base_tp) - others
+            places = limits.max_running(group.tp, self.kv.base_tp) - others
             if blocks > min(before.free[device] for device in group.device_indices) or len(there) > places:
                 return False
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from fly_jax import config
 from fly_jax.engine.loader import load_model
 from fly_jax.engine.plan import plan_engine
 from fly_jax.errors import ConfigError
-from fly_jax.outputs import SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
-from tests.support import small_config
+from tests.support import migrated_through, small_config
 from tests.tiny_models import CASES, random_token_ids, write_model
 
 PROMPTS = {f"r{length}": random_token_ids(length, 256, seed=length) for length in (3, 17, 60)}
@@ -30,18 +28,9 @@ def log_probabilities(folder: Path, attention_backend: str, layouts: Sequence[st
     engine = load_model(small_config(folder, attention_backend=attention_backend, **options)).engine()
     for name, prompt in PROMPTS.items():
         engine.add_request(name, prompt, PARAMS)
-    found: dict[str, list[float]] = defaultdict(list)
-    to_come, steps = list(layouts[1:]), 0
-    while engine.has_work:
-        steps += 1
-        if steps % 4 == 0 and to_come:
-            engine.begin_switch(to_come.pop(0), SwitchStrategy.MIGRATE)
-        for delta in engine.step():
-            assert delta.error is None
-            found[delta.request_id] += [token.logprob for token in (*(delta.prompt_logprobs or ()), *delta.logprobs)]
-    assert not to_come
+    found = migrated_through(engine, layouts[1:], every=4)
     assert engine.stats().compiles_after_warmup == 0
-    return {name: np.array(values) for name, values in found.items()}
+    return {name: np.array([token.logprob for token in tokens]) for name, tokens in found.items()}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any
@@ -16,7 +15,6 @@ from fly_jax.engine.engine import Engine
 from fly_jax.engine.loader import LoadedModel, load_model
 from fly_jax.kv.slabs import PackedRelayout
 from fly_jax.logprobs import TokenLogprob
-from fly_jax.outputs import SwitchStrategy
 from fly_jax.sampling_params import SamplingParams
 from fly_jax.scheduling.launch import Launch, StepKind, Work
 from fly_jax.scheduling.results import read_results
@@ -24,7 +22,7 @@ from fly_jax.scheduling.step import StepPlan
 from tests.fly_jax.simulated_runner import simulated_engine
 from tests.fly_jax.virtual_time import Arrival, Simulation
 from tests.fly_jax.watched_runner import WatchedRunner
-from tests.support import small_config
+from tests.support import migrated_through, small_config
 from tests.tiny_models import CASES, random_token_ids, write_model
 
 # Modules of what a launch may consist of.
@@ -51,17 +49,7 @@ def serve(engine: Engine) -> dict[str, list[TokenLogprob]]:
             prompt_logprobs={1: 3, 4: 0}.get(index),
         )
         engine.add_request(f"r{index}", random_token_ids(length, 256, seed=length), params)
-    outputs: dict[str, list[TokenLogprob]] = defaultdict(list)
-    to_come, steps = ["4", "1+1+1+1"], 0
-    while engine.has_work:
-        steps += 1
-        if steps % 8 == 0 and to_come:
-            engine.begin_switch(to_come.pop(0), SwitchStrategy.MIGRATE)
-        for delta in engine.step():
-            assert delta.error is None
-            outputs[delta.request_id] += [*(delta.prompt_logprobs or ()), *delta.logprobs]
-    assert not to_come
-    return outputs
+    return migrated_through(engine, ["4", "1+1+1+1"], every=8)
 
 
 def watched(model: LoadedModel, send: Callable[[Any], Any] = lambda launch: launch) -> tuple[Engine, WatchedRunner]:
